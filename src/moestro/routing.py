@@ -1,0 +1,151 @@
+"""What a router decides, and the rule by which it decides.
+
+A router turns hidden states into a triple: logits [N, E], gate weights [N, K] and expert indices [N, K]. Families
+differ in how they get from the logits to the rest. `RoutingRule` writes that step down:
+
+    scores  = softmax | sigmoid | sqrt(softplus) of the logits
+    choice  = scores (or logits) + correction bias, limited to the best groups
+    indices = top-k of choice
+    weights = scores[indices], normalised or not, times a constant and a per-expert scale
+
+so that edited logits can be routed again exactly as the family would. Shapes: N tokens, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: z.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda z: F.softplus(z).sqrt(),  # DeepSeek-V4
+}
+
+
+class Routing(NamedTuple):
+    """The router triple. A slot whose weight is 0 is unused, whatever its index."""
+
+    logits: Float[Tensor, "n e"]
+    weights: Float[Tensor, "n k"]
+    indices: Int[Tensor, "n k"]
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """How one layer's router gets from logits to weights and indices.
+
+    `bias` and `expert_scale` are functions that return the live tensor, so that surgery and training stay visible.
+    """
+
+    top_k: int
+    score: Score = "softmax"
+    choose_on: Literal["score", "logits"] = "score"
+    normalize: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["top2", "max"] = "top2"
+    group_fill: float = float("-inf")
+    fp32: bool = True
+    """Scores are computed in fp32 whatever the logits' dtype; False: in the logits' own dtype."""
+    null_experts: int = 0
+    """Trailing classes of the logits that stand for "no expert": chosen, they leave their slot unused."""
+    sparsemixer: float | None = None
+    """The jitter threshold of SparseMixer-v2 (Phi-3.5-MoE), which replaces top-k; None: plain top-k."""
+    returns_probabilities: bool = False
+    """The family's router returns softmax(logits) in the place of the logits; we hand on their logarithm."""
+    bias: Callable[[], Float[Tensor, " e"]] | None = None
+    expert_scale: Callable[[], Float[Tensor, " e"]] | None = None
+
+    def __call__(self, logits: Float[Tensor, "n e"], prefer: Float[Tensor, "n e"] | None = None) -> Routing:
+        """Route by `logits`.
+
+        An expert whose logit is -inf is never chosen. `prefer` [N, E] is added to what top-k looks at and touches
+        no weight: +inf forces an expert in.
+        """
+        if self.sparsemixer is not None:
+            return _sparsemixer(logits, prefer, self.sparsemixer)
+        z = logits.float() if self.fp32 else logits
+        scores = SCORES[self.score](z)
+        choice = (scores if self.choose_on == "score" else z).detach()
+        if self.bias is not None:
+            choice = choice + self.bias().reshape(-1).to(choice.device)
+        closed = torch.isneginf(logits)
+        choice = choice.masked_fill(closed, float("-inf"))
+        if prefer is not None:
+            choice = choice + prefer.masked_fill(closed, 0.0)
+        if self.groups > 1:
+            choice = self._limit_to_groups(choice).masked_fill(closed, float("-inf"))
+        indices = torch.topk(choice, self.top_k, dim=-1, sorted=True).indices
+        weights = scores.gather(1, indices)
+        if self.null_experts:
+            null = indices >= logits.shape[1] - self.null_experts
+            weights, indices = weights.masked_fill(null, 0.0), indices.masked_fill(null, 0)
+        if self.normalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        if self.scale != 1.0:
+            weights = weights * self.scale
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale()[indices]
+        return Routing(logits, weights, indices)
+
+    def _limit_to_groups(self, choice: Tensor) -> Tensor:
+        """Close all but the best groups of experts (DeepSeek-V2 and -V3)."""
+        by_group = choice.view(len(choice), self.groups, -1)
+        if self.group_score == "max":
+            group_scores = by_group.max(dim=-1).values
+        else:
+            group_scores = by_group.topk(2, dim=-1).values.sum(dim=-1)
+        best = torch.topk(group_scores, self.top_groups, dim=-1).indices
+        closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+        return by_group.masked_fill(closed.unsqueeze(-1), self.group_fill).view_as(choice)
+
+    def describe(self) -> str:
+        """The rule in one line, for errors and reports."""
+        parts = [f"top-{self.top_k} of {'SparseMixer' if self.sparsemixer is not None else self.score}"]
+        if self.choose_on == "logits":
+            parts.append("chosen on logits")
+        if self.bias is not None:
+            parts.append("correction bias")
+        if self.groups > 1:
+            parts.append(f"best {self.top_groups} of {self.groups} groups by {self.group_score}")
+        parts += ["normalised"] * self.normalize + ["per-expert scale"] * (self.expert_scale is not None)
+        if self.scale != 1.0:
+            parts.append(f"times {self.scale:g}")
+        return ", ".join(parts)
+
+
+def _sparsemixer(logits: Tensor, prefer: Tensor | None, jitter: float) -> Routing:
+    """SparseMixer-v2 at inference, for two slots ("GRIN: GRadient-INformed MoE", arXiv:2409.12136).
+
+    Each slot takes the arg-max; its weight is the softmax over those logits within a relative margin of
+    2 * jitter of the maximum. The second slot does the same without the first slot's expert.
+    """
+    weights, indices = [], []
+    taken = torch.zeros_like(logits, dtype=torch.bool)
+    for _ in range(2):
+        open_logits = logits.masked_fill(taken, float("-inf"))
+        choice = open_logits if prefer is None else open_logits + prefer.masked_fill(taken, 0.0)
+        index = choice.argmax(dim=-1, keepdim=True)
+        top = logits.gather(1, index)
+        far = (top - logits) / logits.abs().clamp(min=top) > 2 * jitter
+        gates = open_logits.masked_fill(far, float("-inf")).softmax(dim=-1)
+        weights.append(gates.gather(1, index))
+        indices.append(index)
+        taken = taken.scatter(1, index, True)
+    return Routing(logits, torch.cat(weights, 1), torch.cat(indices, 1))
+
+
+def dense_weights(routing: Routing, num_experts: int) -> Float[Tensor, "n e"]:
+    """Gate weight of every expert for every token: 0 where it was not chosen."""
+    dense = routing.weights.new_zeros(len(routing.weights), num_experts)
+    return dense.scatter_add_(1, routing.indices.long(), routing.weights)

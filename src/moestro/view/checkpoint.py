@@ -1,0 +1,200 @@
+"""Read and write Hugging Face checkpoints: whole before they are opened, plain when they are saved.
+
+A save goes to a directory beside the target and is moved into place when it is complete, so a killed run leaves no
+half checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from moestro.view.layers import MoELayer
+from moestro.view.surgery import EXPERT_COUNT, numbers
+
+INDEX = "model.safetensors.index.json"
+
+
+def check_complete(path: str | Path) -> None:
+    """Raise FileNotFoundError or ValueError where a checkpoint directory misses a file or a file is cut short."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is no checkpoint: it has no config.json")
+    for file in weight_files(path):
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} misses the shard {file.name} that its index names; fetch it again")
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            head = stream.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            if 8 + length > size:
+                raise ValueError(f"{file} is truncated ({size:,} bytes, not even its header is whole); fetch it again")
+            try:
+                header = json.loads(stream.read(length))
+            except ValueError as e:
+                raise ValueError(f"{file} is no safetensors file: its header does not parse") from e
+        end = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+        if size != 8 + length + end:
+            raise ValueError(f"{file} is truncated: {size:,} of {8 + length + end:,} bytes; fetch it again")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory. Raises FileNotFoundError where there are none."""
+    if (path / INDEX).is_file():
+        return sorted({path / name for name in json.loads((path / INDEX).read_text())["weight_map"].values()})
+    single = path / "model.safetensors"
+    if single.is_file():
+        return [single]
+    others = [f.name for f in path.glob("*.bin")] + [f.name for f in path.glob("*.gguf")]
+    raise FileNotFoundError(
+        f"{path} holds no safetensors weights"
+        + (f" (only {others[0]}; convert it with save_pretrained first)" if others else "")
+    )
+
+
+def model_class(config: Any) -> type[transformers.PreTrainedModel]:
+    """The transformers class that a checkpoint was saved from. Raises ValueError where transformers has none."""
+    for name in config.architectures or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise ValueError(
+        f"{config.architectures or [type(config).__name__]} is not part of transformers {transformers.__version__}; "
+        "moestro opens families with an experts interface in transformers, not remote code"
+    )
+
+
+def plain_config(model: nn.Module, stack: nn.Module, layers: Sequence[MoELayer]) -> Any:
+    """The config from which plain transformers builds this very model.
+
+    Raises ValueError where there is none: the family stores one number of experts for all layers, or experts were
+    replaced by modules of another kind.
+    """
+    config = copy.deepcopy(model.config)
+    counts = {layer.index: layer.num_experts for layer in layers}
+    if len(set(counts.values())) > 1:
+        inner = _inner_config(config, model.config, stack.config)
+        stated = {n: v for n, v in numbers(inner, EXPERT_COUNT)}
+        inner.per_layer_config = {i: dict.fromkeys(stated, c) for i, c in counts.items()}
+    problem = _mismatch(model, config)
+    if problem is None:
+        return config
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"{type(model).__name__} checkpoints store one number of experts for all layers, and this model has "
+            f"{sorted(set(counts.values()))}: {problem}. Keep the same number everywhere; pad_to_uniform(keep, scores) "
+            "fills the smaller layers with their next best experts"
+        )
+    raise ValueError(f"this model is no plain {type(model).__name__} any more: {problem}")
+
+
+def _inner_config(copied: Any, original: Any, wanted: Any) -> Any:
+    """The sub-config of `copied` that stands where `wanted` stands in `original`."""
+    if original is wanted:
+        return copied
+    for name in getattr(original, "sub_configs", {}):
+        sub = getattr(original, name, None)
+        if sub is not None and (found := _inner_config(getattr(copied, name), sub, wanted)) is not None:
+            return found
+    return None
+
+
+def _mismatch(model: nn.Module, config: Any) -> str | None:
+    """Build the config on the meta device and name the first tensor whose shape differs from the model's."""
+    try:
+        with torch.device("meta"):
+            twin = type(model)(config)
+    except Exception as e:  # whatever a family's constructor says is the reason
+        return f"transformers cannot build it ({type(e).__name__}: {str(e).splitlines()[0][:160]})"
+    ours = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    theirs = {n: tuple(t.shape) for n, t in twin.state_dict().items()}
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            return f"{name} has shape {ours.get(name)}, its config says {theirs.get(name)}"
+    return None
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Size of the model's weights in a saved checkpoint, tied tensors counted once."""
+    seen: dict[int, int] = {}
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    for name, tensor in model.state_dict().items():
+        if name not in tied or not getattr(model.config, "tie_word_embeddings", False):
+            seen[tensor.data_ptr() if tensor.numel() else -len(seen) - 1] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def save(
+    model: Any,
+    stack: nn.Module,
+    layers: Sequence[MoELayer],
+    path: str | Path,
+    *,
+    tokenizer: Any,
+    overwrite: bool,
+    notes: dict[str, Any],
+) -> Path:
+    """Write a plain checkpoint (see ExpertView.save); `notes` go to moestro.json beside it."""
+    config = plain_config(model, stack, layers)
+    with complete_directory(path, overwrite=overwrite, size=saved_bytes(model)) as half:
+        former = model.config
+        try:
+            model.config = config
+            model.save_pretrained(half)
+        finally:
+            model.config = former
+        if tokenizer is not None:
+            tokenizer.save_pretrained(half)
+        (half / "moestro.json").write_text(json.dumps(notes, indent=1))
+    return Path(path)
+
+
+@contextmanager
+def complete_directory(path: str | Path, *, overwrite: bool, size: int = 0) -> Iterator[Path]:
+    """A directory to write into that appears at `path` when the block ends well, and not at all when it does not.
+
+    Raises:
+        FileExistsError: `path` is there and not to be overwritten.
+        OSError: the disk cannot hold `size` bytes; checked before, and told clearly when it fills up on the way.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another directory or pass overwrite (--overwrite)")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a directory; choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(errno.ENOSPC, f"{path} needs {size:,} bytes and the disk has {free:,} left; nothing was written")
+    half = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    half.chmod(0o755)
+    try:
+        yield half
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+            path.rename(old / path.name)
+            half.rename(path)
+            shutil.rmtree(old)
+        else:
+            half.rename(path)
+    except BaseException as e:
+        shutil.rmtree(half, ignore_errors=True)
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, f"the disk filled up while writing {path}; nothing is left behind") from e
+        if "No space left" in str(e):
+            raise OSError(errno.ENOSPC, f"the disk filled up while writing {path}; nothing is left behind") from e
+        raise

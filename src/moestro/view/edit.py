@@ -1,0 +1,228 @@
+"""Edits: change what a forward pass does and leave the weights alone.
+
+An edit acts at up to three places of an MoE layer, each a method that returns its argument by default:
+
+    logits   before the family's own rule turns them into weights and indices
+    routing  on the finished triple
+    output   on the routed experts' weighted sum
+
+so logits edits keep the weights right (softmax, normalisation, groups and scales are redone), and routing edits say
+exactly what they do to a weight. Edits nest in the order given; `rows` limits one to some rows of the batch.
+Shapes: N tokens, E experts, K slots, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moestro.routing import Routing
+from moestro.view.layers import MoELayer
+
+ExpertId = tuple[int, int]
+"""(decoder layer number, expert number in that layer)"""
+
+
+@dataclass(eq=False)
+class Edit:
+    """Base of all edits: acts on `layers()`, does nothing anywhere."""
+
+    rows: Sequence[int] | None = field(default=None, kw_only=True)
+    """Rows of the batch that are edited; None: all. Under beam search a row stands for all its beams."""
+
+    def layers(self) -> Collection[int] | None:
+        """Decoder layer numbers it acts on; None: all MoE layers."""
+        return None
+
+    def check(self, layer: MoELayer) -> None:
+        """Raise ValueError where the layer cannot be edited like this. Called before anything runs."""
+
+    def logits(
+        self, layer: int, logits: Float[Tensor, "n e"], prefer: Float[Tensor, "n e"]
+    ) -> tuple[Float[Tensor, "n e"], Float[Tensor, "n e"]]:
+        """New logits, and what is added to the scores that top-k looks at (see RoutingRule)."""
+        return logits, prefer
+
+    def routing(self, layer: int, routing: Routing) -> Routing:
+        return routing
+
+    def output(
+        self, layer: int, hidden: Float[Tensor, "n h"], routing: Routing, output: Float[Tensor, "n h"]
+    ) -> Float[Tensor, "n h"]:
+        return output
+
+    @property
+    def changes_logits(self) -> bool:
+        return type(self).logits is not Edit.logits
+
+    @property
+    def changes_output(self) -> bool:
+        return type(self).output is not Edit.output
+
+
+def _by_layer(experts: Iterable[ExpertId]) -> dict[int, list[int]]:
+    grouped: dict[int, list[int]] = {}
+    for layer, expert in sorted(set(experts)):
+        grouped.setdefault(layer, []).append(expert)
+    return grouped
+
+
+def _check_ids(layer: MoELayer, ids: Sequence[int]) -> None:
+    wrong = [e for e in ids if not 0 <= e < layer.num_experts]
+    if wrong:
+        raise ValueError(f"layer {layer.index} has experts 0..{layer.num_experts - 1}; there is no expert {wrong[0]}")
+
+
+@dataclass(eq=False)
+class SwitchOff(Edit):
+    """Close experts to the router: other experts take their slots, as if they had been pruned."""
+
+    experts: Iterable[ExpertId]
+
+    def __post_init__(self) -> None:
+        self._ids = _by_layer(self.experts)
+
+    def layers(self) -> Collection[int]:
+        return self._ids
+
+    def check(self, layer: MoELayer) -> None:
+        ids = self._ids[layer.index]
+        _check_ids(layer, ids)
+        left = layer.num_experts - len(ids)
+        if left < layer.top_k:
+            raise ValueError(
+                f"switching off {len(ids)} of {layer.num_experts} experts leaves {left} for top_k={layer.top_k} in "
+                f"layer {layer.index}; leave at least {layer.top_k} on"
+            )
+
+    def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
+        columns = torch.tensor(self._ids[layer], device=logits.device)
+        return logits.index_fill(1, columns, float("-inf")), prefer
+
+
+@dataclass(eq=False)
+class ForceOn(Edit):
+    """Give experts a slot for every token: their logits are raised to the token's largest, and top-k must take them."""
+
+    experts: Iterable[ExpertId]
+
+    def __post_init__(self) -> None:
+        self._ids = _by_layer(self.experts)
+
+    def layers(self) -> Collection[int]:
+        return self._ids
+
+    def check(self, layer: MoELayer) -> None:
+        ids = self._ids[layer.index]
+        _check_ids(layer, ids)
+        if len(ids) > layer.top_k:
+            raise ValueError(
+                f"{len(ids)} experts forced on in layer {layer.index}, which has top_k={layer.top_k} slots; "
+                f"force at most {layer.top_k}"
+            )
+        rule = layer.rule
+        if rule is not None and rule.groups > 1:
+            groups = {e * rule.groups // layer.num_experts for e in ids}
+            if len(groups) > rule.top_groups:
+                raise ValueError(
+                    f"experts {ids} of layer {layer.index} lie in {len(groups)} groups, and its router opens "
+                    f"{rule.top_groups} a token; force experts of at most {rule.top_groups} groups"
+                )
+
+    def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
+        columns = torch.tensor(self._ids[layer], device=logits.device)
+        top = logits.amax(dim=1, keepdim=True).expand(-1, len(columns))
+        return logits.index_copy(1, columns, top), prefer.index_fill(1, columns, float("inf"))
+
+
+@dataclass(eq=False)
+class LogitBias(Edit):
+    """Add a vector to the router logits of each layer. Gradients reach it."""
+
+    bias: Mapping[int, Float[Tensor, " e"]]
+    """{layer: one number per expert}"""
+
+    def layers(self) -> Collection[int]:
+        return self.bias.keys()
+
+    def check(self, layer: MoELayer) -> None:
+        shape = tuple(self.bias[layer.index].shape)
+        if shape != (layer.num_experts,):
+            raise ValueError(f"bias of shape {shape} for the {layer.num_experts} experts of layer {layer.index}")
+
+    def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
+        bias = self.bias[layer].to(logits)
+        spare = logits.shape[1] - len(bias)  # classes that stand for "no expert"
+        return logits + (torch.cat([bias, bias.new_zeros(spare)]) if spare else bias), prefer
+
+
+@dataclass(eq=False)
+class Reselect(Edit):
+    """Route by any function of the logits: `fn(layer, logits [N, E]) -> logits [N, E]`, then the family's own rule."""
+
+    fn: Callable[[int, Tensor], Tensor]
+    only: Collection[int] | None = None
+    """Layers to act on; None: all."""
+
+    def layers(self) -> Collection[int] | None:
+        return self.only
+
+    def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
+        new = self.fn(layer, logits)
+        if new.shape != logits.shape:
+            raise ValueError(
+                f"Reselect: the function returned {tuple(new.shape)} for logits {tuple(logits.shape)} of layer {layer}"
+            )
+        return new, prefer
+
+
+@dataclass(eq=False)
+class Gain(Edit):
+    """Multiply the gate weights of experts: 0 removes a contribution and refills nothing, unlike SwitchOff."""
+
+    gains: Mapping[ExpertId, float]
+    renormalize: bool = field(default=False, kw_only=True)
+    """Afterwards scale a token's weights to their former sum (not where nothing is left)."""
+
+    def __post_init__(self) -> None:
+        self._ids = _by_layer(self.gains)
+
+    def layers(self) -> Collection[int]:
+        return self._ids
+
+    def check(self, layer: MoELayer) -> None:
+        _check_ids(layer, self._ids[layer.index])
+
+    def routing(self, layer: int, routing: Routing) -> Routing:
+        size = max(self._ids[layer][-1] + 1, int(routing.indices.max()) + 1 if routing.indices.numel() else 0)
+        table = torch.ones(size, dtype=routing.weights.dtype)
+        for expert in self._ids[layer]:
+            table[expert] = self.gains[layer, expert]
+        weights = routing.weights * table.to(routing.weights.device)[routing.indices]
+        if self.renormalize:
+            total = weights.sum(dim=-1, keepdim=True)
+            kept = routing.weights.sum(dim=-1, keepdim=True) / torch.where(total == 0, 1.0, total)
+            weights = weights * kept
+        return routing._replace(weights=weights)
+
+
+@dataclass(eq=False)
+class Replace(Edit):
+    """Put functions in the place of layers' routed experts: `fn(hidden [N, H], indices, weights) -> [N, H]`."""
+
+    functions: Mapping[int, Callable[[Tensor, Tensor, Tensor], Tensor]]
+
+    def layers(self) -> Collection[int]:
+        return self.functions.keys()
+
+    def output(self, layer: int, hidden: Tensor, routing: Routing, output: Tensor) -> Tensor:
+        new = self.functions[layer](hidden, routing.indices, routing.weights)
+        if new.shape != output.shape:
+            raise ValueError(
+                f"Replace: layer {layer} must give {tuple(output.shape)}; the function gave {tuple(new.shape)}"
+            )
+        return new.to(output.dtype)

@@ -1,0 +1,172 @@
+"""What observers receive: one MoEEvent per MoE layer and chunk of tokens, and where its tokens came from.
+
+Shapes: B rows, T positions, N tokens with padding removed, H hidden, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moestro.routing import Routing
+
+NEEDS = frozenset({"norms", "outputs", "residual"})
+"""What an observer may ask for beyond what every event carries."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where each of N tokens came from. Padding is not among them."""
+
+    sample: Int[Tensor, " n"]
+    """Index of the document over the whole data set."""
+    position: Int[Tensor, " n"]
+    """Position of the token in its document."""
+    id: Int[Tensor, " n"]
+    """Token id; -1 where the model was given embeddings."""
+    domain: Int[Tensor, " n"]
+    """Index into `domains`."""
+    domains: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __getitem__(self, chosen: slice) -> Tokens:
+        return Tokens(self.sample[chosen], self.position[chosen], self.id[chosen], self.domain[chosen], self.domains)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: its shape, its tokens, and which of the B * T places hold a token."""
+
+    shape: tuple[int, int]
+    tokens: Tokens
+    kept: Int[Tensor, " n"] | None
+    """Places of the tokens among B * T; None where there is no padding."""
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, int],
+        *,
+        ids: Int[Tensor, "b t"] | None,
+        mask: Int[Tensor, "b s"] | None,
+        sample: Int[Tensor, " b"] | None = None,
+        start: Int[Tensor, " b"] | int = 0,
+        domain: Int[Tensor, " b"] | None = None,
+        domains: tuple[str, ...] = ("all",),
+    ) -> Batch:
+        """`mask` may be longer than T (a cache precedes the tokens): its last T columns count."""
+        rows, length = shape
+        device = torch.device("cpu")
+        ids = torch.full(shape, -1) if ids is None else ids.to(device)
+        if mask is None or mask.dim() != 2:
+            position = torch.arange(length).expand(shape)
+            keep = None
+        else:
+            real = mask.to(device).bool()
+            position = (real.long().cumsum(dim=1) - 1)[:, -length:]
+            keep = real[:, -length:]
+        position = position + (start.to(device)[:, None] if isinstance(start, Tensor) else start)
+        sample = torch.arange(rows) if sample is None else sample.to(device)
+        domain = torch.zeros(rows, dtype=torch.long) if domain is None else domain.to(device)
+        flat = [t.reshape(-1) for t in (sample[:, None].expand(shape), position, ids, domain[:, None].expand(shape))]
+        kept = None if keep is None or bool(keep.all()) else keep.reshape(-1).nonzero().squeeze(1)
+        if kept is not None:
+            flat = [t[kept] for t in flat]
+        return cls(shape, Tokens(*flat, domains), kept)
+
+    @classmethod
+    def of_forward(cls, kwargs: Mapping[str, Any]) -> Batch | None:
+        """From the arguments of a decoder's forward; None where they do not tell."""
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        given = ids if ids is not None else embeds
+        if given is None or given.dim() < 2:
+            return None
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        start = cache.get_seq_length() if mask is None and hasattr(cache, "get_seq_length") else 0
+        return cls.of((given.shape[0], given.shape[1]), ids=ids, mask=mask, start=start)
+
+
+class MoEEvent:
+    """One MoE layer's part in one forward pass, or in a chunk of its tokens.
+
+    Attributes of N tokens are computed when first read, so an observer pays only for what it uses:
+    `hidden` [N, H] (input of the experts), `routing` (the triple that was in force, edits included), `combined`
+    [N, H] (the routed experts' weighted sum), and where asked for in `needs`: `norms` [N, K] (L2 norm of each
+    slot's output before its gate weight), `outputs` [N, K, H], `residual` [N, H] (the residual stream that the
+    block will be added to). Unused slots have weight 0.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        num_experts: int,
+        tokens: Tokens,
+        kept: Tensor | None,
+        *,
+        hidden: Tensor,
+        routing: Routing,
+        combined: Tensor,
+        norms: Tensor | None = None,
+        outputs: Tensor | None = None,
+        residual: Tensor | None = None,
+    ):
+        self.layer, self.num_experts, self.tokens = layer, num_experts, tokens
+        self._kept = kept
+        self._raw = dict(hidden=hidden, combined=combined, norms=norms, outputs=outputs, residual=residual)
+        self._routing = routing
+
+    def _rows(self, name: str) -> Tensor:
+        value = self._raw[name]
+        if value is None:
+            raise ValueError(f"event.{name} was not asked for: add {name!r} to the observer's needs")
+        return value if self._kept is None else value[self._kept.to(value.device)]
+
+    @cached_property
+    def hidden(self) -> Float[Tensor, "n h"]:
+        return self._rows("hidden")
+
+    @cached_property
+    def combined(self) -> Float[Tensor, "n h"]:
+        return self._rows("combined")
+
+    @cached_property
+    def norms(self) -> Float[Tensor, "n k"]:
+        return self._rows("norms")
+
+    @cached_property
+    def outputs(self) -> Float[Tensor, "n k h"]:
+        return self._rows("outputs")
+
+    @cached_property
+    def residual(self) -> Float[Tensor, "n h"]:
+        return self._rows("residual")
+
+    @cached_property
+    def routing(self) -> Routing:
+        if self._kept is None:
+            return self._routing
+        return Routing(*(t[self._kept.to(t.device)] for t in self._routing))
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Learns from forward passes. Any number of observers share one pass over the data."""
+
+    needs: frozenset[str]
+    """Subset of NEEDS: what must be computed for this observer."""
+
+    def update(self, event: MoEEvent) -> None: ...
+
+    def merge(self, other: Self) -> None:
+        """Take in what `other` saw. Associative, so that data can be split over processes and machines."""
+
+    def result(self) -> Any: ...

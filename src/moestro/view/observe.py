@@ -1,0 +1,348 @@
+"""One pass over data, any number of observers; and the observers that most methods need.
+
+Sums are kept in float64 per domain, so that shards merge to the result of one pass to rounding.
+Shapes: D domains, E experts, N tokens, K slots, H hidden.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import polars as pl
+import torch
+from jaxtyping import Float, Int
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from moestro.view.events import Batch, MoEEvent, Observer, Tokens
+from moestro.view.taps import Taps
+
+
+def progress_bar(show: bool = True) -> Progress:
+    """The progress bar of every long pass: silent where there is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, transient=True, disable=not show)
+    progress.disable = not show or not progress.console.is_terminal
+    return progress
+
+
+def observe(
+    stack: nn.Module, taps: Taps, data: Iterable[Any], observers: Sequence[Observer], *, progress: bool = True
+) -> list[Any]:
+    """Run `stack` once over `data` and return each observer's result, in order.
+
+    `data`: TokenBatch objects, mappings with `input_ids` [B, T] (and `attention_mask`), or id tensors [B, T].
+    Under torch.distributed every process takes its share of the batches and all return the merged results.
+
+    Raises:
+        ValueError: no batch holds a token, or an observer asks for an unknown need.
+        FloatingPointError: NaN router logits; names the layer and the sample.
+    """
+    rank, world = _rank_and_world()
+    batches = data if hasattr(data, "__len__") else list(data)
+    device = next(stack.parameters()).device
+    seen = samples = 0
+    with taps.observing(observers), torch.no_grad(), progress_bar(progress and rank == 0) as bar:
+        task = bar.add_task("observing", total=len(batches))  # type: ignore[arg-type]
+        for number, item in enumerate(batches):
+            batch, inputs = as_batch(item, samples)
+            samples += batch.shape[0]
+            if number % world == rank and len(batch.tokens):
+                with taps.on_batch(batch):
+                    stack(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
+            seen += len(batch.tokens)
+            bar.advance(task)
+    if not seen:
+        raise ValueError("the data holds no token to observe: every batch is empty or padding")
+    return [o.result() for o in _merged(observers, world)]
+
+
+def as_batch(item: Any, first_sample: int = 0) -> tuple[Batch, dict[str, Tensor]]:
+    """Provenance and model inputs of one element of the data."""
+    if isinstance(item, Tensor):
+        item = {"input_ids": item}
+    if not isinstance(item, dict) and hasattr(item, "input_ids"):
+        item = {n: getattr(item, n) for n in _FIELDS if getattr(item, n, None) is not None}
+    if not hasattr(item, "keys") or "input_ids" not in item:
+        raise TypeError(f"cannot observe a {type(item).__name__}: give token batches, or tensors of ids [B, T]")
+    ids = item["input_ids"]
+    if ids.dim() != 2:
+        raise ValueError(f"input_ids of shape {tuple(ids.shape)}; observers need [B, T]")
+    shape = (ids.shape[0], ids.shape[1])
+    batch = Batch.of(
+        shape,
+        ids=ids,
+        mask=item.get("attention_mask"),
+        sample=item.get("sample", torch.arange(first_sample, first_sample + shape[0])),
+        start=item.get("start", 0),
+        domain=item.get("domain"),
+        domains=tuple(item.get("domains", ("all",))),
+    )
+    return batch, {n: item[n] for n in ("input_ids", "attention_mask") if n in item}
+
+
+_FIELDS = ("input_ids", "attention_mask", "sample", "start", "domain", "domains")
+
+
+def _rank_and_world() -> tuple[int, int]:
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def _merged(observers: Sequence[Observer], world: int) -> list[Observer]:
+    """The observers of all processes merged in rank order, the same on every process."""
+    if world == 1:
+        return list(observers)
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, list(observers))
+    merged = gathered[0]
+    for shard in gathered[1:]:
+        for mine, theirs in zip(merged, shard, strict=True):
+            mine.merge(theirs)
+    return merged
+
+
+class DomainTable:
+    """Rows by domain name, columns by expert: sums that grow as domains appear. float64."""
+
+    def __init__(self) -> None:
+        self.domains: list[str] = []
+        self.sums: dict[int, dict[str, Tensor]] = {}
+
+    def rows(self, tokens: Tokens) -> Int[Tensor, " n"]:
+        """Row of each token."""
+        for name in tokens.domains:
+            if name not in self.domains:
+                self.domains.append(name)
+        table = torch.tensor([self.domains.index(name) for name in tokens.domains])
+        return table[tokens.domain]
+
+    def add(self, layer: int, name: str, columns: int, place: Tensor, value: Tensor) -> None:
+        """Add `value` [M] at the flat places row * columns + column [M]."""
+        size = len(self.domains)
+        sums = self.sums.setdefault(layer, {})
+        old = sums.get(name, torch.zeros(0, columns, dtype=torch.float64))
+        if len(old) < size:
+            old = torch.cat([old, old.new_zeros(size - len(old), columns)])
+        # bincount adds in order and in float64: the same sums whatever the number of threads
+        sums[name] = old + torch.bincount(place, weights=value.double(), minlength=size * columns).view(size, columns)
+
+    def merge(self, other: DomainTable) -> None:
+        names = self.domains + [d for d in other.domains if d not in self.domains]
+        for layer in {**self.sums, **other.sums}:
+            mine, theirs = self.sums.setdefault(layer, {}), other.sums.get(layer, {})
+            for name in {**mine, **theirs}:
+                columns = (mine.get(name) if name in mine else theirs[name]).shape[1]  # type: ignore[union-attr]
+                total = torch.zeros(len(names), columns, dtype=torch.float64)
+                for source, table in ((self.domains, mine.get(name)), (other.domains, theirs.get(name))):
+                    if table is not None:
+                        total[[names.index(d) for d in source[: len(table)]]] += table
+                mine[name] = total
+        self.domains = names
+
+
+@dataclass(frozen=True)
+class LayerSlots:
+    """What the slots of one layer did: sums over tokens [D, E] (use `.total()` for [E])."""
+
+    count: Float[Tensor, "... e"]
+    """Tokens that the expert served."""
+    gate_sum: Float[Tensor, "... e"]
+    norm_sum: Float[Tensor, "... e"]
+    """L2 norms of the expert's outputs before the gate weight."""
+    gated_norm_sum: Float[Tensor, "... e"]
+    """Gate weight times that norm."""
+
+    def total(self) -> LayerSlots:
+        return LayerSlots(*(t.sum(dim=0) for t in (self.count, self.gate_sum, self.norm_sum, self.gated_norm_sum)))
+
+
+@dataclass(frozen=True)
+class SlotStatistics:
+    """Slot statistics of every layer. `layers[i]` holds [E] sums over all domains, `by_domain[i]` [D, E]."""
+
+    domains: tuple[str, ...]
+    by_domain: dict[int, LayerSlots]
+    tokens: dict[str, int]
+    """Tokens seen per domain."""
+
+    @property
+    def layers(self) -> dict[int, LayerSlots]:
+        return {i: slots.total() for i, slots in self.by_domain.items()}
+
+    def domain(self, *names: str) -> SlotStatistics:
+        """The statistics of some domains alone."""
+        unknown = set(names) - set(self.domains)
+        if unknown:
+            raise ValueError(f"no domain {sorted(unknown)[0]!r} was observed; there are {list(self.domains)}")
+        rows = [self.domains.index(n) for n in names]
+        picked = {
+            i: LayerSlots(*(t[rows] for t in (s.count, s.gate_sum, s.norm_sum, s.gated_norm_sum)))
+            for i, s in self.by_domain.items()
+        }
+        return SlotStatistics(names, picked, {n: self.tokens[n] for n in names})
+
+
+class SlotStats:
+    """Counts, gate weights and output norms of every expert by domain: what the saliencies need."""
+
+    needs = frozenset({"norms"})
+    _NAMES = ("count", "gate_sum", "norm_sum", "gated_norm_sum")
+
+    def __init__(self) -> None:
+        self._table = DomainTable()
+        self._tokens: dict[str, int] = {}
+        self._first_layer: int | None = None
+
+    def update(self, event: MoEEvent) -> None:
+        rows = self._table.rows(event.tokens)
+        if self._first_layer in (None, event.layer):
+            self._first_layer = event.layer
+            for name, n in zip(event.tokens.domains, event.tokens.domain.bincount(minlength=len(event.tokens.domains))):
+                self._tokens[name] = self._tokens.get(name, 0) + int(n)
+        weights, indices, norms = (t.cpu() for t in (event.routing.weights, event.routing.indices, event.norms))
+        experts = event.num_experts
+        used = (weights != 0) & (indices < experts)
+        place = (rows[:, None] * experts + indices)[used]
+        weights, norms = weights[used].float(), norms[used]
+        values = (torch.ones_like(weights), weights, norms, weights * norms)
+        for name, value in zip(self._NAMES, values):
+            self._table.add(event.layer, name, experts, place, value)
+
+    def merge(self, other: Self) -> None:
+        self._table.merge(other._table)
+        for name, n in other._tokens.items():
+            self._tokens[name] = self._tokens.get(name, 0) + n
+
+    def result(self) -> SlotStatistics:
+        return SlotStatistics(
+            tuple(self._table.domains),
+            {i: LayerSlots(**sums) for i, sums in sorted(self._table.sums.items())},
+            dict(self._tokens),
+        )
+
+
+class RoutingTrace:
+    """Every token's routing in every layer, streamed to Parquet files (zstd) in a directory and read back with polars.
+
+    Columns: layer, sample, position, id, domain, experts (array of K), weights (array of K) and, unless
+    `logits=False`, logits (array of E). Layers with different K or E go to files of their own.
+    """
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, path: str | Path | None = None, *, logits: bool = True, rows_per_file: int = 200_000):
+        self.path = Path(path) if path is not None else Path(tempfile.mkdtemp(prefix="moestro-trace-"))
+        if any(self.path.glob("*.parquet")):
+            raise FileExistsError(f"{self.path} already holds a trace; name another directory or delete it")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.logits, self.rows_per_file = logits, rows_per_file
+        self._id = uuid.uuid4().hex[:8]
+        self._parts = 0
+        self._pending: dict[tuple[int, int], list[pl.DataFrame]] = {}
+
+    def update(self, event: MoEEvent) -> None:
+        tokens, routing = event.tokens, event.routing
+        slots, classes = routing.indices.shape[1], routing.logits.shape[1]
+        columns: dict[str, Any] = {
+            "layer": pl.Series([event.layer], dtype=pl.Int16).new_from_index(0, len(tokens)),
+            "sample": tokens.sample.numpy(),
+            "position": tokens.position.int().numpy(),
+            "id": tokens.id.int().numpy(),
+            "domain": pl.Series(tokens.domains)[tokens.domain.numpy()].cast(pl.Categorical),
+            "experts": pl.Series(routing.indices.short().cpu().numpy(), dtype=pl.Array(pl.Int16, slots)),
+            "weights": pl.Series(routing.weights.float().cpu().numpy(), dtype=pl.Array(pl.Float32, slots)),
+        }
+        if self.logits:
+            columns["logits"] = pl.Series(routing.logits.float().cpu().numpy(), dtype=pl.Array(pl.Float32, classes))
+        pending = self._pending.setdefault((slots, classes), [])
+        pending.append(pl.DataFrame(columns))
+        if sum(map(len, pending)) >= self.rows_per_file:
+            self._flush(slots, classes)
+
+    def _flush(self, slots: int, classes: int) -> None:
+        frames = self._pending.pop((slots, classes), [])
+        if not frames:
+            return
+        target = self.path / f"k{slots}-e{classes}-{self._id}-{self._parts:05d}.parquet"
+        half = target.with_suffix(".tmp")
+        pl.concat(frames).write_parquet(half, compression="zstd")
+        os.replace(half, target)
+        self._parts += 1
+
+    def __getstate__(self) -> dict[str, Any]:  # to another process goes what is on disk
+        for shape in list(self._pending):
+            self._flush(*shape)
+        return self.__dict__.copy()
+
+    def merge(self, other: Self) -> None:
+        """Bring in the other trace's files; directories on one file system are joined without copying."""
+        for shape in list(other._pending):
+            other._flush(*shape)
+        if other.path.resolve() != self.path.resolve():
+            for file in sorted(other.path.glob("*.parquet")):
+                os.replace(file, self.path / file.name)
+
+    def result(self) -> pl.LazyFrame:
+        """The whole trace, sorted by layer, sample and position; one frame where all layers have the same shape."""
+        for shape in list(self._pending):
+            self._flush(*shape)
+        return read_trace(self.path)
+
+
+def read_trace(path: str | Path, slots: int | None = None, classes: int | None = None) -> pl.LazyFrame:
+    """A trace written by RoutingTrace. Raises ValueError where layers differ in shape and none is chosen."""
+    files = sorted(Path(path).glob(f"k{slots or '*'}-e{classes or '*'}-*.parquet"))
+    if not files:
+        raise FileNotFoundError(f"no routing trace in {path}")
+    shapes = {tuple(f.name.split("-")[:2]) for f in files}
+    if len(shapes) > 1:
+        raise ValueError(f"layers of different shapes in {path}: {sorted(shapes)}; choose slots= and classes=")
+    return pl.scan_parquet(files).sort("layer", "sample", "position")
+
+
+class LayerOutputs:
+    """The routed experts' summed output [N, H] of chosen layers, up to `max_tokens` a layer, with their tokens."""
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, layers: Collection[int] | None = None, *, max_tokens: int = 65_536):
+        self.layers, self.max_tokens = layers, max_tokens
+        self._kept: dict[int, list[tuple[Tensor, Tokens]]] = {}
+        self._count: dict[int, int] = {}
+
+    def update(self, event: MoEEvent) -> None:
+        if self.layers is not None and event.layer not in self.layers:
+            return
+        room = self.max_tokens - self._count.get(event.layer, 0)
+        if room > 0:
+            taken = slice(0, room)
+            self._kept.setdefault(event.layer, []).append((event.combined[taken].cpu().clone(), event.tokens[taken]))
+            self._count[event.layer] = self._count.get(event.layer, 0) + len(event.tokens[taken])
+
+    def merge(self, other: Self) -> None:
+        for layer, parts in other._kept.items():
+            self._kept.setdefault(layer, []).extend(parts)
+            self._count[layer] = self._count.get(layer, 0) + other._count[layer]
+
+    def result(self) -> dict[int, tuple[Float[Tensor, "n h"], Tokens]]:
+        """{layer: (outputs [N, H], tokens)}"""
+        return {
+            layer: (
+                torch.cat([o for o, _ in parts]),
+                Tokens(
+                    *(torch.cat([getattr(t, f) for _, t in parts]) for f in ("sample", "position", "id", "domain")),
+                    parts[0][1].domains,
+                ),
+            )
+            for layer, parts in self._kept.items()
+        }

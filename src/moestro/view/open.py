@@ -1,0 +1,158 @@
+"""`moestro.open`: a model whose experts can be observed, edited, cut and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import moestro.view.checkpoint as checkpoint
+import moestro.view.surgery as surgery
+from moestro.view.edit import Edit
+from moestro.view.events import Observer
+from moestro.view.layers import MoELayer, find_layers, load, stack_of
+from moestro.view.observe import observe
+from moestro.view.taps import Taps
+
+
+class ExpertView:
+    """A model seen through its experts. The model itself stays an ordinary transformers model (`view.model`)."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, part: str | None = None):
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.layers: list[MoELayer] = find_layers(model, part)
+        self.stack: Any = stack_of(model, self.layers)
+        """The sub-model that runs from token ids to hidden states."""
+        self.original_ids: dict[int, list[int]] = {layer.index: list(range(layer.num_experts)) for layer in self.layers}
+        """{layer: for each present expert, its number when the model was opened}"""
+        self._taps = Taps(self.layers, self.stack)
+        self._stated = self.layers[0].num_experts
+
+    def __repr__(self) -> str:
+        return "\n".join([f"ExpertView of {type(self.model).__name__}:", *(f"  {layer}" for layer in self.layers)])
+
+    def layer(self, index: int) -> MoELayer:
+        """The MoE layer in decoder layer `index`."""
+        for layer in self.layers:
+            if layer.index == index:
+                return layer
+        raise ValueError(f"decoder layer {index} has no experts; MoE layers are {[*self.original_ids]}")
+
+    # Observe and edit: the weights stay as they are
+
+    def observe(self, data: Iterable[Any], observers: Sequence[Observer], *, progress: bool = True) -> list[Any]:
+        """Run the model once over `data` for all observers; returns their results in order. See `observe.observe`."""
+        return observe(self.stack, self._taps, data, observers, progress=progress)
+
+    @contextmanager
+    def observing(self, *observers: Observer) -> Iterator[None]:
+        """Observe whatever runs inside the block, `generate` included; samples are rows of the batch."""
+        with self._taps.observing(observers):
+            yield
+
+    @contextmanager
+    def edits(self, *edits: Edit) -> Iterator[None]:
+        """Run edits inside the block. They nest, and are gone afterwards, also after an exception.
+
+        Raises ValueError before anything runs where an edit does not fit the model.
+        """
+        with self._taps.editing(edits):
+            yield
+
+    # Surgery: the weights change
+
+    def keep_experts(self, keep: surgery.Keep) -> None:
+        """Drop all experts but {layer: [ids]}. See `surgery.keep_experts`."""
+        surgery.keep_experts(self.layers, keep)
+        for index, ids in keep.items():
+            self.original_ids[index] = [self.original_ids[index][e] for e in ids]
+        self._state_counts()
+
+    def merge_experts(
+        self,
+        clusters: Mapping[int, Sequence[Sequence[int]]],
+        weights: Mapping[int, Float[Tensor, " e"]] | None = None,
+    ) -> None:
+        """Make each cluster of experts one: {layer: [[ids], ...]}. See `surgery.merge_experts`."""
+        surgery.merge_experts(self.layers, clusters, weights)
+        for index, groups in clusters.items():
+            self.original_ids[index] = [self.original_ids[index][min(group)] for group in groups]
+        self._state_counts()
+
+    def replace_experts(self, layer: int, module: nn.Module) -> None:
+        """Put another module in the place of a layer's experts. See `surgery.replace_experts`."""
+        surgery.replace_experts(self.layer(layer), module)
+
+    def set_top_k(self, top_k: int) -> None:
+        """Let every token use `top_k` experts in all layers. See `surgery.set_top_k`."""
+        surgery.set_top_k(self.layers, self._holders(), top_k)
+
+    def _holders(self) -> list[Any]:
+        """Configs and models that state numbers of experts for all layers."""
+        holders = [self.model, self.stack, self.stack.config, *(layer.experts.config for layer in self.layers)]
+        return list({id(h): h for h in holders}.values())
+
+    def _state_counts(self) -> None:
+        """Bring configs and models in line with the layers, where all layers agree."""
+        counts = {layer.num_experts for layer in self.layers}
+        if len(counts) == 1:
+            (count,) = counts
+            surgery.set_expert_count(self._holders(), self._stated, count)
+            self._stated = count
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights in a saved checkpoint."""
+        return checkpoint.saved_bytes(self.model)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a plain Hugging Face checkpoint (and the tokenizer, where there is one) to directory `path`.
+
+        Raises:
+            ValueError: the model cannot be stored as a plain checkpoint; says why and what can be done.
+            FileExistsError: the directory is there and `overwrite` is off.
+            OSError: the disk cannot hold it. Nothing is left behind.
+        """
+        notes = {"original_experts": {str(i): ids for i, ids in self.original_ids.items()}}
+        return checkpoint.save(
+            self.model, self.stack, self.layers, path, tokenizer=self.tokenizer, overwrite=overwrite, notes=notes
+        )
+
+
+def open(
+    model: nn.Module | str | Path,
+    *,
+    tokenizer: Any = None,
+    part: str | None = None,
+    stream: bool = False,
+    **load_options: Any,
+) -> Any:
+    """Open a mixture-of-experts model: a transformers model, a checkpoint directory, or a name on the hub.
+
+    `part`: which expert stack to open where a model has several ("vision_moe", say). `stream=True` opens a directory
+    layer by layer, for models larger than memory. `load_options` go to `from_pretrained` (dtype, device_map, ...).
+
+    Raises:
+        ValueError: a dense model, remote code, or a router that no routing rule reproduces (with the layer's name and
+            the measured difference).
+        FileNotFoundError: an incomplete checkpoint.
+    """
+    if stream:
+        from moestro.view.stream import StreamView
+
+        if isinstance(model, nn.Module):
+            raise ValueError("stream=True opens a checkpoint directory; this model is in memory already")
+        return StreamView(model, tokenizer=tokenizer, **load_options)
+    if isinstance(model, str | Path):
+        model, found = load(model, **load_options)
+        tokenizer = tokenizer if tokenizer is not None else found
+    elif load_options:
+        raise TypeError(f"{sorted(load_options)} apply to a path; this model is loaded already")
+    with torch.no_grad():
+        return ExpertView(model, tokenizer, part=part)

@@ -1,0 +1,262 @@
+"""Change the experts of a model for good: keep, merge or replace them, or use fewer per token.
+
+Which tensors carry one entry per expert is read off their shapes, and every cut of a router is verified: on random
+hidden states the new logits must be the old ones of the experts that stayed. Requests that cannot work are refused
+before anything is changed. Shapes: E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moestro.view.layers import MoELayer
+from moestro.view.rules import RouterCall, named_tensors
+
+Keep = Mapping[int, Sequence[int]]
+"""{decoder layer number: experts to keep}"""
+
+EXPERT_COUNT = re.compile(r"^(?!.*(shared|per_tok|top|group|size|dim|layer)).*(experts|router_classes)$")
+TOP_K = re.compile(r"^(?!.*group).*(top_?k|per_tok)(_experts)?$")
+
+
+def keep_experts(layers: Sequence[MoELayer], keep: Keep) -> None:
+    """Drop all experts but those named; layers that are not named stay as they are. In the order of the ids given.
+
+    Raises:
+        ValueError: unknown layers or experts, fewer than top_k left, unequal numbers per group, or a router that
+            looks experts up by token id. Nothing has been changed then.
+    """
+    chosen = [(layer, list(keep[layer.index])) for layer in layers if layer.index in keep]
+    _check_layers(layers, keep)
+    for layer, ids in chosen:
+        check_keep(layer, ids)
+    for layer, ids in chosen:
+        if ids != list(range(layer.num_experts)):
+            _cut(layer, ids)
+
+
+def check_keep(layer: MoELayer, ids: Sequence[int]) -> None:
+    """Raise ValueError where `layer` cannot run with these experts alone."""
+    where, count = f"layer {layer.index}", layer.num_experts
+    if layer.rule is None:
+        raise ValueError(f"{where}: experts cannot be removed ({layer.no_rule})")
+    wrong = [e for e in ids if not 0 <= e < count]
+    if wrong:
+        raise ValueError(f"{where} has experts 0..{count - 1}; there is no expert {wrong[0]}")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"{where}: expert {Counter(ids).most_common(1)[0][0]} is named twice")
+    if len(ids) < layer.top_k:
+        raise ValueError(
+            f"keep={len(ids)} experts cannot serve top_k={layer.top_k} in {where}; keep at least {layer.top_k} "
+            "or lower top_k first with set_top_k"
+        )
+    groups = layer.rule.groups
+    if groups > 1:
+        sizes = [sum(e * groups // count == g for e in ids) for g in range(groups)]
+        least = max(2, -(-layer.top_k // layer.rule.top_groups))
+        if len(set(sizes)) > 1 or sizes[0] < least:
+            raise ValueError(
+                f"{where} routes in {groups} groups of {count // groups}: keep the same number in each group, at least "
+                f"{least}; asked for {sizes}"
+            )
+        if list(ids) != sorted(ids):
+            raise ValueError(f"{where} routes in groups: give the experts to keep in ascending order")
+
+
+def merge_experts(
+    layers: Sequence[MoELayer],
+    clusters: Mapping[int, Sequence[Sequence[int]]],
+    weights: Mapping[int, Float[Tensor, " e"]] | None = None,
+) -> None:
+    """Make each cluster one expert: the weighted mean of its members' tensors, router rows included.
+
+    `clusters`: {layer: [[ids], ...]}, a new expert each; experts in none are dropped. `weights`: {layer: one
+    non-negative number per old expert}, scaled to sum 1 in each cluster; equal where not given.
+    """
+    _check_layers(layers, clusters)
+    chosen = [(layer, clusters[layer.index]) for layer in layers if layer.index in clusters]
+    for layer, groups in chosen:
+        members = [e for group in groups for e in group]
+        if not all(groups):
+            raise ValueError(f"layer {layer.index}: an empty cluster")
+        if len(set(members)) != len(members):
+            raise ValueError(f"layer {layer.index}: expert {Counter(members).most_common(1)[0][0]} is in two clusters")
+        check_keep(layer, [e for e in members if not 0 <= e < layer.num_experts] or [min(g) for g in groups])
+    for layer, groups in chosen:
+        if any(len(group) > 1 for group in groups):
+            share = torch.ones(layer.num_experts) if weights is None else weights[layer.index].float()
+            for _, owner, attr, spare in per_expert_tensors(layer):
+                _average(getattr(owner, attr).data, groups, share, spare)
+        _cut(layer, [min(group) for group in groups], verify=False)
+
+
+def _average(tensor: Tensor, groups: Sequence[Sequence[int]], share: Tensor, dim: int) -> None:
+    """Write each cluster's mean into the place of its first expert, in fp32, one cluster in memory at a time."""
+    rows = tensor.movedim(dim, 0)
+    for group in groups:
+        if len(group) > 1:
+            part = (share[list(group)] / share[list(group)].sum().clamp_min(1e-12)).to(rows.device)
+            mean = torch.tensordot(part, rows[list(group)].float(), dims=1)
+            rows[min(group)] = mean.to(rows.dtype)
+
+
+def replace_experts(layer: MoELayer, module: nn.Module) -> None:
+    """Put `module` in the place of the layer's experts. It takes (hidden [N, H], indices, weights), gives [N, H]."""
+    reference = next(layer.experts.parameters())
+    width = _input_width(layer)
+    hidden = torch.zeros(2, width, device=reference.device, dtype=reference.dtype)
+    indices = torch.zeros(2, layer.top_k, dtype=torch.long, device=reference.device)
+    with torch.no_grad():
+        out = module(hidden, indices, hidden.new_ones(2, layer.top_k))
+    if not isinstance(out, Tensor) or out.shape != hidden.shape:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"layer {layer.index}: the new experts must turn [N, {width}] into [N, {width}]; got {got}")
+    setattr(layer.block, layer.experts_name, module)
+
+
+def _input_width(layer: MoELayer) -> int:
+    experts = layer.experts
+    up = getattr(experts, "gate_up_proj", getattr(experts, "up_proj", None))
+    if up is None:
+        raise ValueError(f"layer {layer.index}: its experts have no up projection to read their width from")
+    return up.shape[1] if getattr(experts, "is_transposed", False) else up.shape[2]
+
+
+def set_top_k(layers: Sequence[MoELayer], holders: Iterable[Any], top_k: int) -> None:
+    """Let every token use `top_k` experts; `holders` are further objects (configs, models) that state the number.
+
+    Raises ValueError where a layer has fewer experts, or a router does not follow. Nothing has been changed then.
+    """
+    for layer in layers:
+        if layer.rule is None:
+            raise ValueError(f"layer {layer.index}: top_k is fixed ({layer.no_rule})")
+        rule = layer.rule
+        limit = layer.num_experts // rule.groups * rule.top_groups if rule.groups > 1 else layer.num_experts
+        if not 1 <= top_k <= limit:
+            raise ValueError(f"top_k={top_k} in layer {layer.index}, whose router can choose 1 to {limit} experts")
+    modules = [m for layer in layers for m in (layer.router, layer.block, layer.experts)]
+    undo = [
+        (owner, name, value)
+        for owner in [*modules, *holders]
+        for name, value in numbers(owner, TOP_K)
+        if value == layers[0].top_k
+    ]
+    for owner, name, _ in undo:
+        setattr(owner, name, top_k)
+    for layer in layers:
+        call = RouterCall(layer.block, layer.router)
+        got = call(call.hidden(0)).indices.shape[1]
+        if got != top_k:
+            for owner, name, value in undo:
+                setattr(owner, name, value)
+            raise ValueError(f"layer {layer.index}: its router keeps choosing {got} experts; top_k cannot be changed")
+    for layer in layers:
+        assert layer.rule is not None
+        layer.rule = replace(layer.rule, top_k=top_k)
+
+
+def set_expert_count(holders: Iterable[Any], old: int, new: int) -> None:
+    """Update every number of experts that the holders (modules, configs) state."""
+    for holder in holders:
+        for name, value in numbers(holder, EXPERT_COUNT):
+            if value == old:
+                setattr(holder, name, new)
+
+
+def numbers(holder: Any, name: re.Pattern[str]) -> list[tuple[str, int]]:
+    """The integer attributes of a module or config whose name matches."""
+    return [(n, v) for n, v in list(vars(holder).items()) if type(v) is int and name.search(n)]
+
+
+def _check_layers(layers: Sequence[MoELayer], wanted: Mapping[int, Any]) -> None:
+    known = [layer.index for layer in layers]
+    unknown = sorted(set(wanted) - set(known))
+    if unknown:
+        raise ValueError(f"decoder layer {unknown[0]} has no experts; MoE layers are {known}")
+
+
+def per_expert_tensors(layer: MoELayer) -> list[tuple[str, nn.Module, str, int]]:
+    """Every tensor with one entry per expert: (place, owner, attribute, dimension); place: experts, router or block."""
+    assert layer.rule is not None
+    sizes = {layer.num_experts, layer.num_experts + layer.rule.null_experts}
+    found = []
+    for place, module, recurse in (
+        ("experts", layer.experts, True),
+        ("router", layer.router, True),
+        ("block", layer.block, False),
+    ):
+        for _, owner, attr in named_tensors(module, recurse):
+            tensor = getattr(owner, attr)
+            if tensor.dim() and tensor.shape[0] in sizes:
+                found.append((place, owner, attr, 0))
+            elif tensor.dim() > 1 and tensor.shape[-1] in sizes and tensor.numel() in sizes:
+                found.append((place, owner, attr, tensor.dim() - 1))
+    return found
+
+
+def _cut(layer: MoELayer, ids: Sequence[int], verify: bool = True) -> None:
+    """Slice everything per expert down to `ids`; the router first, so that a failure leaves the layer whole."""
+    assert layer.rule is not None
+    count, null = layer.num_experts, layer.rule.null_experts
+    tensors = per_expert_tensors(layer)
+    call = RouterCall(layer.block, layer.router)
+    hidden = call.hidden(3)
+    with_null = [*ids, *range(count, count + null)]
+    expected = call(hidden).logits[:, with_null]
+    holders = (layer.router, layer.block, layer.experts)
+    undo: list[Callable[[], None]] = []
+    for place, owner, attr, dim in tensors:
+        if place != "experts":
+            undo.append(_slice(owner, attr, with_null, dim))
+    before = [(h, n, v) for h in holders for n, v in numbers(h, EXPERT_COUNT)]
+    set_expert_count(holders, count, len(ids))
+    if null:
+        set_expert_count(holders, count + null, len(with_null))
+    try:
+        got = call(hidden).logits
+        if layer.rule.returns_probabilities:
+            got, expected = got.log(), expected.log() - expected.sum(-1, keepdim=True).log()
+        same = got.shape == expected.shape and torch.allclose(got.float(), expected.float(), rtol=1e-2, atol=1e-3)
+        if verify and not same:
+            raise RuntimeError(f"layer {layer.index} ({layer.name}): the cut router gives other logits; left unchanged")
+    except Exception:
+        for restore in undo:
+            restore()
+        for holder, name, value in before:
+            setattr(holder, name, value)
+        raise
+    for place, owner, attr, dim in tensors:
+        if place == "experts":
+            _slice(owner, attr, ids, dim)
+
+
+def _slice(owner: nn.Module, attr: str, ids: Sequence[int], dim: int) -> Callable[[], None]:
+    """Cut one tensor in its owner; returns what puts the old one back."""
+    old = getattr(owner, attr)
+    new = old.data.index_select(dim, torch.tensor(ids, device=old.device))
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    setattr(owner, attr, new)
+    return lambda: setattr(owner, attr, old)
+
+
+def pad_to_uniform(keep: Keep, scores: Mapping[int, Float[Tensor, " e"]]) -> dict[int, list[int]]:
+    """Fill every layer up to the largest number kept, with its next best experts by score.
+
+    For families whose checkpoints store one number of experts for all layers.
+    """
+    most = max(len(ids) for ids in keep.values())
+    padded = {}
+    for index, ids in keep.items():
+        order = scores[index].nan_to_num(float("-inf")).argsort(descending=True, stable=True).tolist()
+        spare = [e for e in order if e not in set(ids)]
+        padded[index] = sorted([*ids, *spare[: most - len(ids)]])
+    return padded

@@ -1,0 +1,334 @@
+"""The hooks of an open model: there while an edit or an observer is active, gone afterwards.
+
+One hook on each router runs the edits and remembers the logits; one on each experts module hands events to the
+observers. Observers that ask for slot norms or outputs are served by the `moestro` experts backend, which has each
+slot's output at hand, so nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moestro.routing import Routing
+from moestro.view.edit import Edit
+from moestro.view.events import NEEDS, Batch, MoEEvent, Observer
+from moestro.view.experts_backend import experts_forward
+from moestro.view.layers import MoELayer
+from moestro.view.rules import logits_of
+
+OUTPUT_BYTES = 256 * 2**20
+"""Memory for the slot outputs of one event; more tokens are served in chunks."""
+
+OBSERVED = "moestro_observed"
+_watched: ContextVar[Mapping[nn.Module, Callable[..., Tensor]]] = ContextVar("watched experts")
+
+
+def _observed_forward(module: nn.Module, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    run = _watched.get({}).get(module)
+    return experts_forward(module, hidden, indices, weights) if run is None else run(hidden, indices, weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_forward)
+
+
+class Taps:
+    """Edits and observers of one open model, and the hooks that serve them."""
+
+    def __init__(self, layers: Sequence[MoELayer], stack: nn.Module):
+        self.layers, self.stack = layers, stack
+        self._by_index = {layer.index: layer for layer in layers}
+        self._edits: list[Edit] = []
+        self._observers: list[Observer] = []
+        self._needs: frozenset[str] = frozenset()
+        self._batch: Batch | None = None
+        self._routed: dict[int, Routing] = {}
+        self._normed: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._residual: dict[int, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._depth = 0
+
+    @contextmanager
+    def editing(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """Run the edits until the block ends, after all those already active."""
+        for edit in edits:
+            self._check(edit)
+        before = list(self._edits)
+        self._edits = before + list(edits)
+        try:
+            with self._installed():
+                yield
+        finally:
+            self._edits = before
+
+    def _check(self, edit: Edit) -> None:
+        chosen = edit.layers()
+        unknown = sorted(set(chosen or ()) - self._by_index.keys())
+        if unknown:
+            raise ValueError(
+                f"{type(edit).__name__}: decoder layer {unknown[0]} has no experts; MoE layers are {[*self._by_index]}"
+            )
+        for index in self._by_index if chosen is None else chosen:
+            layer = self._by_index[index]
+            if edit.changes_logits and layer.rule is None:
+                raise ValueError(
+                    f"{type(edit).__name__} in layer {index}: its routing cannot be re-run ({layer.no_rule}); "
+                    "Gain and Replace work there"
+                )
+            edit.check(layer)
+
+    @contextmanager
+    def observing(self, observers: Sequence[Observer]) -> Iterator[None]:
+        """Hand events of every forward pass to the observers until the block ends."""
+        needs = frozenset().union(*(o.needs for o in observers))
+        if needs - NEEDS:
+            raise ValueError(f"observers need {sorted(needs - NEEDS)}; known needs are {sorted(NEEDS)}")
+        if self._observers:
+            raise RuntimeError("an observation is already running on this model; give it all observers at once")
+        with ExitStack() as undo:
+            undo.callback(self._forget)
+            undo.enter_context(self._installed())
+            if needs & {"norms", "outputs"}:
+                self._watch_slots(undo)
+            if "residual" in needs:
+                self._watch_norms(undo)
+            self._observers, self._needs = list(observers), needs
+            yield
+
+    def _forget(self) -> None:
+        self._observers, self._needs = [], frozenset()
+        for memory in (self._routed, self._normed, self._residual):
+            memory.clear()
+
+    @contextmanager
+    def on_batch(self, batch: Batch) -> Iterator[None]:
+        """Say where the tokens of the next forward pass come from; else the decoder's arguments tell."""
+        self._batch, self._given = batch, True
+        try:
+            yield
+        finally:
+            self._batch, self._given = None, False
+
+    _given = False
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        if self._depth == 0:
+            self._hooks = [self.stack.register_forward_pre_hook(self._on_stack, with_kwargs=True)]
+            for layer in self.layers:
+                self._hooks += [
+                    layer.router.register_forward_hook(partial(self._on_router, layer), with_kwargs=True),
+                    layer.experts.register_forward_pre_hook(partial(self._before_experts, layer)),
+                    layer.experts.register_forward_hook(partial(self._on_experts, layer)),
+                ]
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                for hook in self._hooks:
+                    hook.remove()
+                self._hooks = []
+                self._batch = None
+
+    # What the hooks do
+
+    def _on_stack(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._given:
+            names = ("input_ids", "attention_mask")
+            self._batch = Batch.of_forward(dict(zip(names, args)) | kwargs)
+
+    def _on_router(self, layer: MoELayer, router: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        edits = [e for e in self._edits if (chosen := e.layers()) is None or layer.index in chosen]
+        if "residual" in self._needs:
+            self._residual[layer.index] = self._behind_norm(layer, args[0] if args else next(iter(kwargs.values())))
+        if not edits and not self._observers:
+            return None
+        logits, weights, indices = (t.reshape(-1, t.shape[-1]) for t in out[:3])
+        routing = Routing(logits, weights, indices)
+        if layer.rule is not None:
+            routing = routing._replace(logits=logits_of(layer.rule, logits))
+        edited = self._edited(layer, routing, edits)
+        if self._observers:
+            self._routed[layer.index] = edited
+        if edited is routing:
+            return None
+        returned = edited.logits.softmax(-1) if layer.rule and layer.rule.returns_probabilities else edited.logits
+        new = (returned, edited.weights, edited.indices)
+        return (*(n.to(o.dtype).reshape(o.shape) for n, o in zip(new, out[:3])), *out[3:])
+
+    def _edited(self, layer: MoELayer, routing: Routing, edits: list[Edit]) -> Routing:
+        logits, prefer = routing.logits, torch.zeros_like(routing.logits)
+        for edit in edits:
+            if edit.changes_logits:
+                new_logits, new_prefer = edit.logits(layer.index, logits, prefer)
+                rows = self._rows(edit, layer, len(logits))
+                logits = new_logits if rows is None else torch.where(rows, new_logits, logits)
+                prefer = new_prefer if rows is None else torch.where(rows, new_prefer, prefer)
+        if any(edit.changes_logits for edit in edits):
+            assert layer.rule is not None
+            again = layer.rule(logits, prefer)
+            if all(e.rows is not None for e in edits if e.changes_logits):  # other rows keep their very own routing
+                touched = torch.zeros(len(logits), 1, dtype=torch.bool, device=logits.device)
+                for edit in edits:
+                    if edit.changes_logits:
+                        touched |= self._rows(edit, layer, len(logits))
+                again = Routing(
+                    logits, *(torch.where(touched, n.to(o.dtype), o) for n, o in zip(again[1:], routing[1:]))
+                )
+            routing = again
+        for edit in edits:
+            new = edit.routing(layer.index, routing)
+            if new is not routing:
+                rows = self._rows(edit, layer, len(logits))
+                routing = new if rows is None else Routing(*(torch.where(rows, n, o) for n, o in zip(new, routing)))
+        return routing
+
+    def _rows(self, edit: Edit, layer: MoELayer, tokens: int) -> Tensor | None:
+        """[N, 1] bool: which tokens the edit's rows hold; None for all."""
+        if edit.rows is None:
+            return None
+        batch = self._batch_for(layer, tokens)
+        rows, length = batch.shape
+        count = max(edit.rows) + 1
+        if count > rows:
+            raise ValueError(f"{type(edit).__name__}(rows={list(edit.rows)}): the batch has {rows} rows")
+        chosen = torch.zeros(rows, dtype=torch.bool)
+        chosen[list(edit.rows)] = True
+        return chosen.repeat_interleave(length).unsqueeze(1).to(next(layer.router.parameters()).device)
+
+    def _batch_for(self, layer: MoELayer, tokens: int) -> Batch:
+        if self._batch is None or self._batch.shape[0] * self._batch.shape[1] != tokens:
+            raise RuntimeError(
+                f"{layer.name} got {tokens} tokens, and the batch is "
+                f"{'unknown' if self._batch is None else self._batch.shape}: rows and positions cannot be told"
+            )
+        return self._batch
+
+    def _replacing(self, layer: MoELayer) -> list[Edit]:
+        return [e for e in self._edits if e.changes_output and ((c := e.layers()) is None or layer.index in c)]
+
+    def _before_experts(self, layer: MoELayer, experts: nn.Module, args: tuple[Tensor, ...]) -> Any:
+        replacing = self._replacing(layer)
+        if replacing and any(e.rows is None for e in replacing):
+            self._replaced_args = args
+            return tuple(t[:0] for t in args)  # the whole output is replaced: compute none of it
+        return None
+
+    _replaced_args: tuple[Tensor, ...] | None = None
+
+    def _on_experts(self, layer: MoELayer, experts: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Any:
+        original, self._replaced_args = self._replaced_args or args, None
+        hidden, indices, weights = original
+        replacing = self._replacing(layer)
+        combined = out if len(out) == len(hidden) else torch.zeros_like(hidden)
+        for edit in replacing:
+            new = edit.output(layer.index, hidden, Routing(weights, weights, indices), combined)
+            rows = self._rows(edit, layer, len(hidden))
+            combined = new if rows is None else torch.where(rows, new, combined)
+        if self._observers and not self._needs & {"norms", "outputs"}:
+            self._emit(layer, hidden, indices, weights, combined)
+        return combined if replacing else None
+
+    # Observing
+
+    def _watch_slots(self, undo: ExitStack) -> None:
+        """Route the experts through `_observed` for as long as `undo` stays open."""
+        for config in {id(c): c for layer in self.layers if (c := getattr(layer.experts, "config", None))}.values():
+            undo.callback(setattr, config, "_experts_implementation", config._experts_implementation)
+            config._experts_implementation = OBSERVED
+        watched = {layer.experts: partial(self._observed, layer) for layer in self.layers}
+        undo.callback(_watched.reset, _watched.set(watched))
+
+    def _observed(self, layer: MoELayer, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The experts' forward with events handed out on the way, in chunks where slot outputs are wanted."""
+        slots, width = indices.shape[1], hidden.shape[1]
+        step = max(len(hidden), 1)
+        if "outputs" in self._needs:
+            step = max(1, OUTPUT_BYTES // (slots * width * hidden.element_size()))
+        parts = []
+        for start in range(0, max(len(hidden), 1), step):
+            h, i, w = (t[start : start + step] for t in (hidden, indices, weights))
+            norms = torch.zeros(i.shape, dtype=torch.float32, device=h.device)
+            outputs = h.new_zeros(*i.shape, width) if "outputs" in self._needs else None
+
+            def on_outputs(token: Tensor, slot: Tensor, out: Tensor, norms=norms, outputs=outputs) -> None:
+                norms[token, slot] = torch.linalg.vector_norm(out.detach(), dim=-1, dtype=torch.float32)
+                if outputs is not None:
+                    outputs[token, slot] = out.detach()
+
+            combined = experts_forward(layer.experts, h, i, w, on_outputs=on_outputs)
+            self._emit(layer, h, i, w, combined, start, len(hidden), norms=norms, outputs=outputs)
+            parts.append(combined)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _emit(
+        self,
+        layer: MoELayer,
+        hidden: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        combined: Tensor,
+        start: int = 0,
+        total: int | None = None,
+        **computed: Tensor | None,
+    ) -> None:
+        batch = self._batch_for(layer, total or len(hidden))
+        end = start + len(hidden)
+        tokens, kept = batch.tokens, batch.kept
+        if kept is not None:
+            low, high = torch.searchsorted(kept, torch.tensor([start, end])).tolist()
+            tokens, kept = tokens[low:high], kept[low:high] - start
+        elif len(hidden) != len(tokens):
+            tokens = tokens[start:end]
+        residual = self._residual.get(layer.index)
+        event = MoEEvent(
+            layer.index,
+            layer.num_experts,
+            tokens,
+            kept,
+            hidden=hidden.detach(),
+            routing=Routing(self._routed[layer.index].logits[start:end].detach(), weights.detach(), indices),
+            combined=combined.detach(),
+            residual=None if residual is None else residual.reshape(-1, residual.shape[-1])[start:end].detach(),
+            **computed,
+        )
+        bad = torch.isnan(event.routing.logits).any(dim=-1)
+        if bad.any():
+            where = int(bad.nonzero()[0])
+            raise FloatingPointError(
+                f"NaN router logits in layer {layer.index} ({layer.name}) at sample {int(tokens.sample[where])}, "
+                f"position {int(tokens.position[where])}: the model or that sample is broken; nothing was changed"
+            )
+        for observer in self._observers:
+            observer.update(event)
+
+    def _watch_norms(self, undo: ExitStack) -> None:
+        """Remember what goes in and out of the norms beside each MoE block."""
+        from moestro.view.layers import decoder_layer
+
+        for layer in self.layers:
+            owner = decoder_layer(self.stack, layer)
+            for module in owner.modules():
+                own = list(module.parameters(recurse=False))
+                if module is not layer.experts and len(own) == 1 and own[0].dim() == 1 and not list(module.children()):
+                    hook = module.register_forward_hook(partial(self._on_norm, layer.index))
+                    undo.callback(hook.remove)
+
+    def _on_norm(self, index: int, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if isinstance(out, Tensor) and args and isinstance(args[0], Tensor) and args[0].shape == out.shape:
+            self._normed.setdefault(index, []).append((args[0], out))
+
+    def _behind_norm(self, layer: MoELayer, router_input: Tensor) -> Tensor:
+        """The residual stream: what went into the norm whose output the router reads, else the router's input."""
+        pairs = self._normed.pop(layer.index, [])
+        pointer = router_input.data_ptr()
+        return next((before for before, after in reversed(pairs) if after.data_ptr() == pointer), router_input)
