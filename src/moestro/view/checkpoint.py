@@ -12,7 +12,7 @@ import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,29 +138,28 @@ def saved_bytes(model: nn.Module) -> int:
     return sum(seen.values())
 
 
-def save(
+def write(
     model: Any,
-    stack: nn.Module,
-    layers: Sequence[MoELayer],
-    path: str | Path,
+    config: Any,
+    directory: Path,
     *,
-    tokenizer: Any,
-    overwrite: bool,
-    notes: dict[str, Any],
-) -> Path:
-    """Write a plain checkpoint (see ExpertView.save); `notes` go to moestro.json beside it."""
-    config = plain_config(model, stack, layers)
-    with complete_directory(path, overwrite=overwrite, size=saved_bytes(model)) as half:
-        former = model.config
-        try:
-            model.config = config
-            model.save_pretrained(half)
-        finally:
-            model.config = former
-        if tokenizer is not None:
-            tokenizer.save_pretrained(half)
-        (half / "moestro.json").write_text(json.dumps(notes, indent=1))
-    return Path(path)
+    tokenizer: Any = None,
+    original_experts: Mapping[int, Sequence[int]] | None = None,
+) -> None:
+    """Write a plain checkpoint into an existing directory; `config` comes from `plain_config`.
+
+    `original_experts` ({layer: the kept experts' former numbers}) goes to moestro.json beside it.
+    """
+    former = model.config
+    try:
+        model.config = config
+        model.save_pretrained(directory)
+    finally:
+        model.config = former
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    notes = {"original_experts": {str(i): list(ids) for i, ids in (original_experts or {}).items()}}
+    (directory / "moestro.json").write_text(json.dumps(notes, indent=1))
 
 
 @contextmanager

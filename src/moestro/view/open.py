@@ -119,10 +119,10 @@ class ExpertView:
             FileExistsError: the directory is there and `overwrite` is off.
             OSError: the disk cannot hold it. Nothing is left behind.
         """
-        notes = {"original_experts": {str(i): ids for i, ids in self.original_ids.items()}}
-        return checkpoint.save(
-            self.model, self.stack, self.layers, path, tokenizer=self.tokenizer, overwrite=overwrite, notes=notes
-        )
+        config = checkpoint.plain_config(self.model, self.stack, self.layers)
+        with checkpoint.complete_directory(path, overwrite=overwrite, size=self.num_bytes) as half:
+            checkpoint.write(self.model, config, half, tokenizer=self.tokenizer, original_experts=self.original_ids)
+        return Path(path)
 
 
 def open(
