@@ -1,0 +1,1 @@
+"""Make a mixture-of-experts model smaller."""

@@ -5,7 +5,7 @@ Shapes: B rows, T positions, N tokens with padding removed, H hidden, E experts,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, Self, runtime_checkable
@@ -39,6 +39,12 @@ class Tokens:
 
     def __getitem__(self, chosen: slice) -> Tokens:
         return Tokens(self.sample[chosen], self.position[chosen], self.id[chosen], self.domain[chosen], self.domains)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Tokens]) -> Tokens:
+        """The tokens of several parts of one data set, one after the other."""
+        joined = {f: torch.cat([getattr(t, f) for t in parts]) for f in ("sample", "position", "id", "domain")}
+        return cls(**joined, domains=parts[0].domains)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ class Batch:
         kept = None if keep is None or bool(keep.all()) else keep.reshape(-1).nonzero().squeeze(1)
         if kept is not None:
             flat = [t[kept] for t in flat]
-        return cls(shape, Tokens(*flat, domains), kept)
+        sample, position, ids, domain = flat
+        return cls(shape, Tokens(sample, position, ids, domain, domains), kept)
 
     @classmethod
     def of_forward(cls, kwargs: Mapping[str, Any]) -> Batch | None:
@@ -91,7 +98,7 @@ class Batch:
             return None
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        start = cache.get_seq_length() if mask is None and hasattr(cache, "get_seq_length") else 0
+        start = cache.get_seq_length() if cache is not None and mask is None and hasattr(cache, "get_seq_length") else 0
         return cls.of((given.shape[0], given.shape[1]), ids=ids, mask=mask, start=start)
 
 

@@ -51,7 +51,7 @@ class MoELayer:
     def top_k(self) -> int:
         if self.rule is not None:
             return self.rule.top_k
-        return int(self.router.top_k)
+        return int(self.router.top_k)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         rule = self.rule.describe() if self.rule else self.no_rule

@@ -337,12 +337,6 @@ class LayerOutputs:
     def result(self) -> dict[int, tuple[Float[Tensor, "n h"], Tokens]]:
         """{layer: (outputs [N, H], tokens)}"""
         return {
-            layer: (
-                torch.cat([o for o, _ in parts]),
-                Tokens(
-                    *(torch.cat([getattr(t, f) for _, t in parts]) for f in ("sample", "position", "id", "domain")),
-                    parts[0][1].domains,
-                ),
-            )
+            layer: (torch.cat([o for o, _ in parts]), Tokens.cat([t for _, t in parts]))
             for layer, parts in self._kept.items()
         }

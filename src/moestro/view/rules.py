@@ -12,13 +12,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moestro.routing import SCORES, Routing, RoutingRule, dense_weights
+from moestro.routing import Routing, RoutingRule, Score, dense_weights
 
 PROBE_TOKENS = 128
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -170,7 +170,7 @@ def _candidates(base: RoutingRule, router: nn.Module, vectors: list[tuple[nn.Mod
         ] + limits
     for fp32 in (True, False):
         for (bias, expert_scale), limit in itertools.product(roles, limits):
-            for score, normalize in itertools.product(SCORES, (True, False)):
+            for score, normalize in itertools.product(get_args(Score), (True, False)):
                 for choose_on in ("score", "logits") if bias is not None else ("score",):
                     yield replace(
                         base,

@@ -7,9 +7,8 @@ slot's output at hand, so nothing is computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -18,25 +17,31 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.routing import Routing
-from moestro.view.edit import Edit
+from moestro.view.edit import Edit, ForceOn, SwitchOff
 from moestro.view.events import NEEDS, Batch, MoEEvent, Observer
 from moestro.view.experts_backend import experts_forward
-from moestro.view.layers import MoELayer
+from moestro.view.layers import MoELayer, is_experts
 from moestro.view.rules import logits_of
 
 OUTPUT_BYTES = 256 * 2**20
 """Memory for the slot outputs of one event; more tokens are served in chunks."""
 
 OBSERVED = "moestro_observed"
-_watched: ContextVar[Mapping[nn.Module, Callable[..., Tensor]]] = ContextVar("watched experts")
+SLOT_NEEDS = frozenset({"norms", "outputs"})
+_watched: dict[nn.Module, Callable[..., Tensor]] = {}
+"""Experts modules whose slots are observed at this moment, by whatever thread runs them."""
 
 
 def _observed_forward(module: nn.Module, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    run = _watched.get({}).get(module)
+    run = _watched.get(module)
     return experts_forward(module, hidden, indices, weights) if run is None else run(hidden, indices, weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_forward)
+
+
+def _where(rows: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if rows is None else torch.where(rows, new.to(old.dtype), old)
 
 
 class Taps:
@@ -53,7 +58,14 @@ class Taps:
         self._normed: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._residual: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
+        self._replaced_args: tuple[Tensor, ...] | None = None
+        self._given = False
         self._depth = 0
+
+    @property
+    def active(self) -> bool:
+        """Whether an edit or an observation is under way."""
+        return self._depth > 0
 
     @contextmanager
     def editing(self, edits: Sequence[Edit]) -> Iterator[None]:
@@ -61,6 +73,7 @@ class Taps:
         for edit in edits:
             self._check(edit)
         before = list(self._edits)
+        self._check_together([*before, *edits])
         self._edits = before + list(edits)
         try:
             with self._installed():
@@ -84,6 +97,18 @@ class Taps:
                 )
             edit.check(layer)
 
+    def _check_together(self, edits: Sequence[Edit]) -> None:
+        """Several edits of one kind must leave a router as many experts as one edit must, in every row they share."""
+        rows = {id(edit): edit.row_numbers() for edit in edits}
+        kinds: tuple[type[SwitchOff] | type[ForceOn], ...] = (SwitchOff, ForceOn)
+        for kind in kinds:
+            same = [edit for edit in edits if isinstance(edit, kind)]
+            for row in {-1}.union(*(rows[id(e)] or () for e in same)) if len(same) > 1 else ():
+                at_row = [e for e in same if (its := rows[id(e)]) is None or row in its]
+                union = kind([(index, expert) for e in at_row for index, ids in e.ids.items() for expert in ids])
+                for index in union.layers():
+                    union.check(self._by_index[index])
+
     @contextmanager
     def observing(self, observers: Sequence[Observer]) -> Iterator[None]:
         """Hand events of every forward pass to the observers until the block ends."""
@@ -95,7 +120,7 @@ class Taps:
         with ExitStack() as undo:
             undo.callback(self._forget)
             undo.enter_context(self._installed())
-            if needs & {"norms", "outputs"}:
+            if needs & SLOT_NEEDS:
                 self._watch_slots(undo)
             if "residual" in needs:
                 self._watch_norms(undo)
@@ -115,8 +140,6 @@ class Taps:
             yield
         finally:
             self._batch, self._given = None, False
-
-    _given = False
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
@@ -166,44 +189,35 @@ class Taps:
         return (*(n.to(o.dtype).reshape(o.shape) for n, o in zip(new, out[:3])), *out[3:])
 
     def _edited(self, layer: MoELayer, routing: Routing, edits: list[Edit]) -> Routing:
-        logits, prefer = routing.logits, torch.zeros_like(routing.logits)
-        for edit in edits:
-            if edit.changes_logits:
-                new_logits, new_prefer = edit.logits(layer.index, logits, prefer)
-                rows = self._rows(edit, layer, len(logits))
-                logits = new_logits if rows is None else torch.where(rows, new_logits, logits)
-                prefer = new_prefer if rows is None else torch.where(rows, new_prefer, prefer)
-        if any(edit.changes_logits for edit in edits):
+        on_logits = [e for e in edits if e.changes_logits]
+        if on_logits:
             assert layer.rule is not None
+            logits, prefer = routing.logits, torch.zeros_like(routing.logits)
+            masks = [self._rows(edit, layer, logits) for edit in on_logits]
+            for edit, rows in zip(on_logits, masks):
+                new_logits, new_prefer = edit.logits(layer.index, logits, prefer)
+                logits = _where(rows, new_logits, logits)
+                prefer = _where(rows, new_prefer, prefer)
             again = layer.rule(logits, prefer)
-            if all(e.rows is not None for e in edits if e.changes_logits):  # other rows keep their very own routing
-                touched = torch.zeros(len(logits), 1, dtype=torch.bool, device=logits.device)
-                for edit in edits:
-                    if edit.changes_logits:
-                        touched |= self._rows(edit, layer, len(logits))
-                again = Routing(
-                    logits, *(torch.where(touched, n.to(o.dtype), o) for n, o in zip(again[1:], routing[1:]))
-                )
-            routing = again
+            given = [rows for rows in masks if rows is not None]
+            touched = None if len(given) < len(masks) else torch.stack(given).any(dim=0)
+            # rows that no edit names keep their very own routing
+            weights, indices = (_where(touched, n, o) for n, o in zip(again[1:], routing[1:]))
+            routing = Routing(logits, weights, indices)
         for edit in edits:
             new = edit.routing(layer.index, routing)
             if new is not routing:
-                rows = self._rows(edit, layer, len(logits))
-                routing = new if rows is None else Routing(*(torch.where(rows, n, o) for n, o in zip(new, routing)))
+                rows = self._rows(edit, layer, new.logits)
+                weights, indices = (_where(rows, n, o) for n, o in zip(new[1:], routing[1:]))
+                routing = Routing(new.logits, weights, indices)
         return routing
 
-    def _rows(self, edit: Edit, layer: MoELayer, tokens: int) -> Tensor | None:
-        """[N, 1] bool: which tokens the edit's rows hold; None for all."""
+    def _rows(self, edit: Edit, layer: MoELayer, tokens: Tensor) -> Tensor | None:
+        """[N, 1] bool: which of `tokens` [N, ...] the edit's rows hold; None for all."""
         if edit.rows is None:
             return None
-        batch = self._batch_for(layer, tokens)
-        rows, length = batch.shape
-        count = max(edit.rows) + 1
-        if count > rows:
-            raise ValueError(f"{type(edit).__name__}(rows={list(edit.rows)}): the batch has {rows} rows")
-        chosen = torch.zeros(rows, dtype=torch.bool)
-        chosen[list(edit.rows)] = True
-        return chosen.repeat_interleave(length).unsqueeze(1).to(next(layer.router.parameters()).device)
+        rows, length = self._batch_for(layer, len(tokens)).shape
+        return edit.row_mask(rows).repeat_interleave(length).unsqueeze(1).to(tokens.device)
 
     def _batch_for(self, layer: MoELayer, tokens: int) -> Batch:
         if self._batch is None or self._batch.shape[0] * self._batch.shape[1] != tokens:
@@ -217,13 +231,10 @@ class Taps:
         return [e for e in self._edits if e.changes_output and ((c := e.layers()) is None or layer.index in c)]
 
     def _before_experts(self, layer: MoELayer, experts: nn.Module, args: tuple[Tensor, ...]) -> Any:
-        replacing = self._replacing(layer)
-        if replacing and any(e.rows is None for e in replacing):
-            self._replaced_args = args
-            return tuple(t[:0] for t in args)  # the whole output is replaced: compute none of it
-        return None
-
-    _replaced_args: tuple[Tensor, ...] | None = None
+        whole = any(e.rows is None and not e.uses_output for e in self._replacing(layer))
+        skip = whole and not self._needs & SLOT_NEEDS
+        self._replaced_args = args if skip else None
+        return tuple(t[:0] for t in args) if skip else None  # nobody sees the output: compute none of it
 
     def _on_experts(self, layer: MoELayer, experts: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Any:
         original, self._replaced_args = self._replaced_args or args, None
@@ -232,9 +243,10 @@ class Taps:
         combined = out if len(out) == len(hidden) else torch.zeros_like(hidden)
         for edit in replacing:
             new = edit.output(layer.index, hidden, Routing(weights, weights, indices), combined)
-            rows = self._rows(edit, layer, len(hidden))
-            combined = new if rows is None else torch.where(rows, new, combined)
-        if self._observers and not self._needs & {"norms", "outputs"}:
+            rows = self._rows(edit, layer, hidden)
+            combined = _where(rows, new, combined)
+        combined = combined.to(out.dtype)
+        if self._observers and not self._needs & SLOT_NEEDS:
             self._emit(layer, hidden, indices, weights, combined)
         return combined if replacing else None
 
@@ -242,11 +254,21 @@ class Taps:
 
     def _watch_slots(self, undo: ExitStack) -> None:
         """Route the experts through `_observed` for as long as `undo` stays open."""
+        watched = {layer.experts: partial(self._observed, layer) for layer in self.layers}
+        for layer in self.layers:
+            if not is_experts(layer.experts):
+                raise ValueError(
+                    f"layer {layer.index}: its experts were replaced by {type(layer.experts).__name__}, which has no "
+                    "slots; observers that need norms or outputs cannot run"
+                )
+            if layer.experts in _watched:
+                raise RuntimeError(f"another view of this model observes {layer.name}; end that observation first")
         for config in {id(c): c for layer in self.layers if (c := getattr(layer.experts, "config", None))}.values():
             undo.callback(setattr, config, "_experts_implementation", config._experts_implementation)
             config._experts_implementation = OBSERVED
-        watched = {layer.experts: partial(self._observed, layer) for layer in self.layers}
-        undo.callback(_watched.reset, _watched.set(watched))
+        for module, run in watched.items():
+            undo.callback(_watched.pop, module)
+            _watched[module] = run
 
     def _observed(self, layer: MoELayer, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The experts' forward with events handed out on the way, in chunks where slot outputs are wanted."""
@@ -290,6 +312,10 @@ class Taps:
         elif len(hidden) != len(tokens):
             tokens = tokens[start:end]
         residual = self._residual.get(layer.index)
+        if end >= (total or end):
+            self._residual.pop(layer.index, None)
+        if not len(tokens):
+            return
         event = MoEEvent(
             layer.index,
             layer.num_experts,
@@ -319,7 +345,7 @@ class Taps:
             owner = decoder_layer(self.stack, layer)
             for module in owner.modules():
                 own = list(module.parameters(recurse=False))
-                if module is not layer.experts and len(own) == 1 and own[0].dim() == 1 and not list(module.children()):
+                if own and all(p.dim() == 1 for p in own) and not list(module.children()):
                     hook = module.register_forward_hook(partial(self._on_norm, layer.index))
                     undo.callback(hook.remove)
 
@@ -330,5 +356,6 @@ class Taps:
     def _behind_norm(self, layer: MoELayer, router_input: Tensor) -> Tensor:
         """The residual stream: what went into the norm whose output the router reads, else the router's input."""
         pairs = self._normed.pop(layer.index, [])
+        self._normed.clear()
         pointer = router_input.data_ptr()
         return next((before for before, after in reversed(pairs) if after.data_ptr() == pointer), router_input)

@@ -1,0 +1,1 @@
+"""Pruning: score the experts, keep the best under a budget. One file per published saliency."""

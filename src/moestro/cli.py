@@ -1,0 +1,145 @@
+"""The command line: `moestro fit`, `moestro papers`, `moestro reproduce`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Understand, steer, shrink and save mixture-of-experts models.",
+)
+console = Console()
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="checkpoint directory, hub name or bundled model")] = "quartet",
+    for_: Annotated[
+        list[str] | None,
+        typer.Option("--for", help="the task's texts: file, folder, LABEL=FILE or embedded domain; may be repeated"),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="size of the saved checkpoint at most: 6GB, 800MiB, or 60% of the present size")
+    ] = None,
+    experts: Annotated[str | None, typer.Option(help="or the share of the experts to keep [default: 50%]")] = None,
+    out: Annotated[Path | None, typer.Option(help="directory for checkpoint and report [default: MODEL-fit]")] = None,
+    saliency: Annotated[str, typer.Option(help="random, frequency, gating-score, reap or easy-ep")] = "easy-ep",
+    rest: Annotated[
+        list[str] | None, typer.Option(help="texts to watch beside the task [default: other embedded domains]")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="tokens to observe, per domain", min=1)] = 50_000,
+    heldout_tokens: Annotated[int, typer.Option(help="tokens to measure the loss on, per domain", min=1)] = 8_000,
+    max_length: Annotated[int | None, typer.Option(help="longest window of a text, in tokens", min=2)] = None,
+    seed: Annotated[int, typer.Option(help="of the held-out split and the calibration draw")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing directory")] = False,
+) -> None:
+    """Cut a mixture-of-experts model to a budget for a task, and prove what it cost.
+
+    Examples:
+
+      moestro fit                                     the bundled model, its code domain, half the experts
+
+      moestro fit ./OLMoE --memory 6GB --for math=problems.jsonl --out ./OLMoE-math
+
+      moestro fit ./Qwen3-30B-A3B --experts 50% --for mails.txt --for chats.parquet --dry-run
+    """
+    import moestro.fit.pipeline as pipeline
+    import moestro.view.open as opening
+    from moestro.fit.plan import make_plan
+
+    data = for_ or list(pipeline.DEFAULT_TASK)
+    target = out or Path(f"{Path(model).name}-fit")
+    if not dry_run and target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; choose another directory with --out, or pass --overwrite")
+    limits: dict[str, Any] = dict(
+        calibration_tokens=calibration_tokens, heldout_tokens=heldout_tokens, max_length=max_length, seed=seed
+    )
+    if dry_run:
+        view = opening.open(model)
+        texts = pipeline.read_data(view, data, rest=rest, **limits)
+        plan = make_plan(view, texts.calibration, memory=memory, experts=experts, saliency=saliency, seed=seed)
+        _print_plan(view, plan)
+        return
+    fitted = pipeline.fit(
+        model,
+        data,
+        memory=memory,
+        experts=experts,
+        saliency=saliency,
+        rest=rest,
+        out=target,
+        overwrite=overwrite,
+        **limits,
+    )
+    _print_report(fitted.report)
+    console.print(f"\ncheckpoint  {target}\nreport      {target / 'report.html'}", highlight=False)
+
+
+def _print_plan(view, plan) -> None:
+    table = Table("layer", "experts", "kept", "unseen", "thin", title=f"{plan.request}, by {plan.saliency}")
+    for layer in view.layers:
+        count = plan.stats.layers[layer.index].count
+        row = (layer.index, layer.num_experts, len(plan.keep[layer.index]), int((count == 0).sum()))
+        table.add_row(*map(str, row), str(int((count < plan.coverage.needed).sum())))
+    console.print(table)
+    console.print(
+        f"size {_size(view.num_bytes)} -> {_size(plan.bytes_after)}, of which every expert shares "
+        f"{_size(plan.sizes.shared)}; observed {sum(plan.stats.tokens.values()):,} tokens of "
+        f"{', '.join(plan.stats.domains)}",
+        highlight=False,
+    )
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/] {warning}")
+
+
+def _print_report(report) -> None:
+    table = Table("domain", "", "tokens", "before", "after", "change", title="held-out loss, nats per token")
+    for loss in report.losses:
+        cells = (f"{loss.tokens:,}", f"{loss.before:.3f}", f"{loss.after:.3f}", f"{loss.after - loss.before:+.3f}")
+        table.add_row(loss.domain, "task" if loss.task else "", *cells, style="bold" if loss.task else "dim")
+    console.print(table)
+    costs = Table("", "before", "after")
+    costs.add_row("size", _size(report.before.bytes), _size(report.after.bytes))
+    if report.before.load_seconds is not None and report.after.load_seconds is not None:
+        costs.add_row("load time", f"{report.before.load_seconds:.2f} s", f"{report.after.load_seconds:.2f} s")
+    speeds = (f"{c.tokens_per_second:.1f} tokens/s" for c in (report.before, report.after))
+    costs.add_row("generation", *speeds)
+    console.print(costs)
+    for warning in report.warnings:
+        console.print(f"[yellow]warning:[/] {warning}")
+
+
+def _size(number: int) -> str:
+    value = float(number)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are told in one line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.showwarning = lambda message, *_args, **_kw: console.print(f"[yellow]warning:[/] {message}")
+    try:
+        app()
+    except KeyboardInterrupt:
+        console.print("stopped; nothing half-written is left behind")
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, FloatingPointError) as e:
+        if os.environ.get("MOESTRO_TRACEBACK"):
+            raise
+        console.print(f"[red]error:[/] {e}", soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,284 @@
+"""`moestro.fit`: a mixture-of-experts model, a task and a budget in; a checkpoint that fits and a report out.
+
+Steps: read the task's texts and hold a part out; observe the rest; score and choose; measure the whole model on the
+held-out part; cut; save; load what was saved; measure again; write the report. Nothing is chosen after the held-out
+part was read.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moestro.view.open as opening
+from moestro.data import (
+    Document,
+    TokenBatches,
+    embedded,
+    embedded_domains,
+    limit_tokens,
+    load_texts,
+    split_heldout,
+    token_batches,
+)
+from moestro.fit.evaluate import batch_tokens, continuations, heldout_loss, tokens_per_second
+from moestro.fit.plan import Plan, make_plan
+from moestro.fit.result import Cost, DomainLoss, FitReport, LayerChoice, Sample
+from moestro.report import write_fit_page
+from moestro.view.checkpoint import complete_directory, plain_config, write
+
+DEFAULT_MODEL = "quartet"
+DEFAULT_TASK = ("code",)
+MAX_LENGTH = 2048
+PROMPT_WORDS, SAMPLES = 12, 4
+
+
+@dataclass
+class Fitted:
+    """The result of a fit: the small model, what was decided, and what it cost."""
+
+    view: Any
+    plan: Plan
+    report: FitReport
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class FitData:
+    """The task's texts, split, and the texts that show what else changes."""
+
+    calibration: TokenBatches
+    heldout: TokenBatches
+    heldout_texts: list[Document]
+    task: tuple[str, ...]
+
+
+def read_data(
+    view: Any,
+    data: Any,
+    *,
+    rest: Any = None,
+    calibration_tokens: int = 50_000,
+    heldout_tokens: int = 8_000,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> FitData:
+    """Load the task's texts (`data`: see load_texts) and those of `rest`, and split them.
+
+    `rest=None`: the embedded sample's other domains; `rest=()`: none. Limits are per domain.
+
+    Raises ValueError where there is no tokenizer, no usable text, or no text left for one of the parts.
+    """
+    if view.tokenizer is None:
+        raise ValueError("this model came without a tokenizer; pass tokenizer= to read texts for it")
+    sources = list(data) if isinstance(data, list | tuple) else [data]
+    documents = [d for source in sources for d in load_texts(source, split="all")]
+    calibration, heldout = split_heldout(documents, seed=seed)
+    task = tuple(dict.fromkeys(d.domain for d in documents))
+    if rest is None:
+        others = [name for name in embedded_domains() if name not in task]
+        heldout = [*heldout, *(embedded(others, "heldout") if others else [])]
+    else:
+        for source in rest if isinstance(rest, list | tuple) else [rest]:
+            heldout += [d for d in load_texts(source, split="all") if d.domain not in task]
+    context = getattr(view.model.config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
+    length = min(max_length or MAX_LENGTH, context)
+    tokens = max(batch_tokens(view.model.config), length)
+    batches = [
+        limit_tokens(
+            token_batches(part, view.tokenizer, max_length=length, max_tokens_per_batch=tokens), limit, seed=seed
+        )
+        for part, limit in ((calibration, calibration_tokens), (heldout, heldout_tokens))
+    ]
+    return FitData(batches[0], batches[1], heldout, task)
+
+
+def fit(
+    model: Any = DEFAULT_MODEL,
+    data: Any = DEFAULT_TASK,
+    *,
+    memory: str | None = None,
+    experts: str | None = None,
+    saliency: str = "easy-ep",
+    rest: Any = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    protect: Collection[tuple[int, int]] = (),
+    calibration_tokens: int = 50_000,
+    heldout_tokens: int = 8_000,
+    max_length: int | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Fitted:
+    """Cut a mixture-of-experts model to a budget for a task.
+
+    Args:
+        model: a checkpoint directory, a hub name, a bundled model's name, a transformers model (changed in place) or
+            an open view.
+        data: texts of the task: files, folders, embedded domains, lists of texts (see moestro.data.load_texts).
+        memory: size of the saved checkpoint at most, shared parts counted: "6GB", or a share of the present size.
+        experts: or the share of the experts to keep: "50%" (the default where neither is given).
+        saliency: how experts are scored; a name in moestro.compress.prune.saliency.SALIENCIES.
+        rest: texts that show what the cut costs elsewhere; by default the embedded sample's other domains.
+        out: directory for the checkpoint, report.html and report.json; without it nothing is saved, and the model
+            that is measured is the one in memory.
+        protect: (decoder layer, expert) pairs that are never dropped.
+        calibration_tokens, heldout_tokens: limits per domain.
+
+    Raises:
+        ValueError: a dense model, an impossible budget, unusable data; before anything is changed or written.
+        FileExistsError: `out` exists and `overwrite` is off.
+    """
+    with ExitStack() as stack:
+        half = stack.enter_context(complete_directory(out, overwrite=overwrite)) if out is not None else None
+        start = time.perf_counter()
+        view = model if isinstance(model, opening.ExpertView) else opening.open(model, tokenizer=tokenizer)
+        load_seconds = time.perf_counter() - start if isinstance(model, str | Path) else None
+        texts = read_data(
+            view,
+            data,
+            rest=rest,
+            calibration_tokens=calibration_tokens,
+            heldout_tokens=heldout_tokens,
+            max_length=max_length,
+            seed=seed,
+        )
+        plan = make_plan(
+            view,
+            texts.calibration,
+            memory=memory,
+            experts=experts,
+            saliency=saliency,
+            protect=protect,
+            seed=seed,
+            progress=progress,
+        )
+        prompts = _prompts(texts)
+        before = _measure(view.model, view.tokenizer, texts, prompts, load_seconds, view.num_bytes, "before", progress)
+        view.keep_experts(plan.keep)
+        if half is not None:
+            view, load_seconds = _save_and_load(view, half)
+        after = _measure(view.model, view.tokenizer, texts, prompts, load_seconds, view.num_bytes, "after", progress)
+        report = _report(model, plan, texts, prompts, before, after)
+        if half is not None:
+            (half / "report.json").write_text(report.model_dump_json(indent=1))
+            write_fit_page(report, half / "report.html")
+    return Fitted(view, plan, report, Path(out) if out is not None else None)
+
+
+def _save_and_load(view: Any, half: Path) -> tuple[Any, float]:
+    """Write the cut model to `half`, forget it, and open what was written: what is measured is what is shipped."""
+    write(
+        view.model,
+        plain_config(view.model, view.stack, view.layers),
+        half,
+        tokenizer=view.tokenizer,
+        original_experts=view.original_ids,
+    )
+    implementation = view.model.config._experts_implementation
+    view.model.to("meta")
+    gc.collect()
+    start = time.perf_counter()
+    view = opening.open(half)
+    seconds = time.perf_counter() - start
+    view.model.set_experts_implementation(implementation)
+    return view, seconds
+
+
+@dataclass(frozen=True)
+class _Measured:
+    losses: dict[str, tuple[float, int]]
+    texts: list[str]
+    cost: Cost
+
+
+def _measure(
+    model: Any,
+    tokenizer: Any,
+    texts: FitData,
+    prompts: Sequence[tuple[str, str, str]],
+    load_seconds: float | None,
+    num_bytes: int,
+    when: str,
+    progress: bool,
+) -> _Measured:
+    losses = heldout_loss(model, texts.heldout, description=f"held-out loss {when}", progress=progress)
+    written = continuations(model, tokenizer, [prompt for _, prompt, _ in prompts])
+    cost = Cost(bytes=num_bytes, load_seconds=load_seconds, tokens_per_second=tokens_per_second(model, tokenizer))
+    return _Measured(losses, written, cost)
+
+
+def _prompts(texts: FitData) -> list[tuple[str, str, str]]:
+    """(domain, prompt, what really follows) from held-out texts: the task's domains first."""
+    domains = list(dict.fromkeys([*texts.task, *(d.domain for d in texts.heldout_texts)]))
+    found = []
+    for domain in domains:
+        for document in texts.heldout_texts:
+            words = (document.text or "").split(" ")
+            if document.domain == domain and len(words) > 2 * PROMPT_WORDS:
+                prompt = " ".join(words[:PROMPT_WORDS])
+                found.append((domain, prompt, " ".join(["", *words[PROMPT_WORDS : 4 * PROMPT_WORDS]])))
+                break
+        if len(found) == SAMPLES:
+            break
+    return found
+
+
+def _report(
+    model: Any,
+    plan: Plan,
+    texts: FitData,
+    prompts: Sequence[tuple[str, str, str]],
+    before: _Measured,
+    after: _Measured,
+) -> FitReport:
+    name = str(model) if isinstance(model, str | Path) else type(getattr(model, "model", model)).__name__
+    layers = []
+    for index, kept in plan.keep.items():
+        slots = plan.stats.by_domain[index]
+        layers.append(
+            LayerChoice(
+                layer=index,
+                num_experts=slots.count.shape[1],
+                top_k=round(float(slots.count.sum()) / sum(plan.stats.tokens.values())),
+                kept=kept,
+                scores=[None if s != s else s for s in plan.scores[index].tolist()],
+                tokens=slots.count.long().tolist(),
+            )
+        )
+    return FitReport(
+        model=name,
+        request=plan.request,
+        saliency=plan.saliency,
+        seed=plan.seed,
+        calibration={name: plan.stats.tokens[name] for name in plan.stats.domains},
+        layers=layers,
+        coverage=plan.coverage,
+        losses=[
+            DomainLoss(domain=d, task=d in texts.task, tokens=n, before=loss, after=after.losses[d][0])
+            for d, (loss, n) in sorted(before.losses.items(), key=lambda item: item[0] not in texts.task)
+        ],
+        before=before.cost,
+        after=after.cost,
+        samples=[
+            Sample(domain=d, prompt=p, before=b, after=a, reference=r)
+            for (d, p, r), b, a in zip(prompts, before.texts, after.texts)
+        ],
+        warnings=plan.warnings,
+        date=datetime.now(UTC),
+        versions={name: version(name) for name in ("moestro", "torch", "transformers")},
+        machine=f"{platform.machine()}, {os.cpu_count()} cores"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+    )
