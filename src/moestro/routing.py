@@ -131,11 +131,11 @@ def _sparsemixer(logits: Tensor, prefer: Tensor | None, jitter: float) -> Routin
     2 * jitter of the maximum. The second slot does the same without the first slot's expert.
     """
     weights, indices = [], []
-    taken = torch.zeros_like(logits, dtype=torch.bool)
+    taken = torch.isneginf(logits)
+    prefer = torch.zeros_like(logits) if prefer is None else prefer
     for _ in range(2):
         open_logits = logits.masked_fill(taken, float("-inf"))
-        choice = open_logits if prefer is None else open_logits + prefer.masked_fill(taken, 0.0)
-        index = choice.argmax(dim=-1, keepdim=True)
+        index = (open_logits + prefer.masked_fill(taken, 0.0)).argmax(dim=-1, keepdim=True)
         top = logits.gather(1, index)
         far = (top - logits) / logits.abs().clamp(min=top) > 2 * jitter
         gates = open_logits.masked_fill(far, float("-inf")).softmax(dim=-1)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moestro.routing import Routing
@@ -31,12 +31,35 @@ ExpertId = tuple[int, int]
 class Edit:
     """Base of all edits: acts on `layers()`, does nothing anywhere."""
 
-    rows: Sequence[int] | None = field(default=None, kw_only=True)
-    """Rows of the batch that are edited; None: all. Under beam search a row stands for all its beams."""
+    rows: Sequence[int] | Sequence[bool] | Tensor | None = field(default=None, kw_only=True)
+    """Rows of the batch that are edited: their numbers, or one bool per row. None: all.
+
+    One bool per row tells how many rows there are, so under beam search each stands for all the beams of its row."""
 
     def layers(self) -> Collection[int] | None:
         """Decoder layer numbers it acts on; None: all MoE layers."""
         return None
+
+    def row_numbers(self) -> set[int] | None:
+        """The edited rows; None: all. Raises ValueError where they are no row numbers."""
+        if self.rows is None:
+            return None
+        rows = torch.as_tensor(self.rows)
+        numbers = set((rows.nonzero().flatten() if rows.dtype == torch.bool else rows).tolist())
+        if wrong := [r for r in numbers if r < 0 or r != int(r)]:
+            raise ValueError(f"{type(self).__name__}: there is no row {wrong[0]}; rows are counted from 0")
+        return numbers
+
+    def row_mask(self, count: int) -> Bool[Tensor, " b"]:
+        """Which of the batch's `count` rows are edited. Raises ValueError where the batch does not have them all."""
+        rows = torch.as_tensor(self.rows)
+        if rows.dtype == torch.bool:
+            if not len(rows) or count % len(rows):
+                raise ValueError(f"{type(self).__name__}: rows tells of {len(rows)} rows, and the batch has {count}")
+            return rows.cpu().repeat_interleave(count // len(rows))
+        if len(rows) and int(rows.max()) >= count:
+            raise ValueError(f"{type(self).__name__}(rows={rows.tolist()}): the batch has {count} rows")
+        return torch.zeros(count, dtype=torch.bool).index_fill(0, rows.cpu().long(), True)
 
     def check(self, layer: MoELayer) -> None:
         """Raise ValueError where the layer cannot be edited like this. Called before anything runs."""
@@ -63,6 +86,9 @@ class Edit:
     def changes_output(self) -> bool:
         return type(self).output is not Edit.output
 
+    uses_output = True
+    """Whether `output` looks at the output it is given; where no edit does, the experts are not run."""
+
 
 def _by_layer(experts: Iterable[ExpertId]) -> dict[int, list[int]]:
     grouped: dict[int, list[int]] = {}
@@ -84,13 +110,13 @@ class SwitchOff(Edit):
     experts: Iterable[ExpertId]
 
     def __post_init__(self) -> None:
-        self._ids = _by_layer(self.experts)
+        self.ids = _by_layer(self.experts)
 
     def layers(self) -> Collection[int]:
-        return self._ids
+        return self.ids
 
     def check(self, layer: MoELayer) -> None:
-        ids = self._ids[layer.index]
+        ids = self.ids[layer.index]
         _check_ids(layer, ids)
         left = layer.num_experts - len(ids)
         if left < layer.top_k:
@@ -98,9 +124,19 @@ class SwitchOff(Edit):
                 f"switching off {len(ids)} of {layer.num_experts} experts leaves {left} for top_k={layer.top_k} in "
                 f"layer {layer.index}; leave at least {layer.top_k} on"
             )
+        rule = layer.rule
+        if rule is not None and rule.groups > 1:
+            size = layer.num_experts // rule.groups
+            on = sorted(size - sum(e // size == group for e in ids) for group in range(rule.groups))
+            able = [n for n in on if n >= (2 if rule.group_score == "top2" else 1)]  # others get a group score of -inf
+            if len(able) < rule.top_groups or sum(able[: rule.top_groups]) < layer.top_k:
+                raise ValueError(
+                    f"switching off experts {ids} of layer {layer.index} leaves {on} in its {rule.groups} groups, and "
+                    f"its router takes top_k={layer.top_k} from the best {rule.top_groups}; leave more on in each group"
+                )
 
     def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
-        columns = torch.tensor(self._ids[layer], device=logits.device)
+        columns = torch.tensor(self.ids[layer], device=logits.device)
         return logits.index_fill(1, columns, float("-inf")), prefer
 
 
@@ -111,13 +147,13 @@ class ForceOn(Edit):
     experts: Iterable[ExpertId]
 
     def __post_init__(self) -> None:
-        self._ids = _by_layer(self.experts)
+        self.ids = _by_layer(self.experts)
 
     def layers(self) -> Collection[int]:
-        return self._ids
+        return self.ids
 
     def check(self, layer: MoELayer) -> None:
-        ids = self._ids[layer.index]
+        ids = self.ids[layer.index]
         _check_ids(layer, ids)
         if len(ids) > layer.top_k:
             raise ValueError(
@@ -134,7 +170,7 @@ class ForceOn(Edit):
                 )
 
     def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
-        columns = torch.tensor(self._ids[layer], device=logits.device)
+        columns = torch.tensor(self.ids[layer], device=logits.device)
         top = logits.amax(dim=1, keepdim=True).expand(-1, len(columns))
         return logits.index_copy(1, columns, top), prefer.index_fill(1, columns, float("inf"))
 
@@ -189,18 +225,18 @@ class Gain(Edit):
     """Afterwards scale a token's weights to their former sum (not where nothing is left)."""
 
     def __post_init__(self) -> None:
-        self._ids = _by_layer(self.gains)
+        self.ids = _by_layer(self.gains)
 
     def layers(self) -> Collection[int]:
-        return self._ids
+        return self.ids
 
     def check(self, layer: MoELayer) -> None:
-        _check_ids(layer, self._ids[layer.index])
+        _check_ids(layer, self.ids[layer.index])
 
     def routing(self, layer: int, routing: Routing) -> Routing:
-        size = max(self._ids[layer][-1] + 1, int(routing.indices.max()) + 1 if routing.indices.numel() else 0)
+        size = max(self.ids[layer][-1] + 1, int(routing.indices.max()) + 1 if routing.indices.numel() else 0)
         table = torch.ones(size, dtype=routing.weights.dtype)
-        for expert in self._ids[layer]:
+        for expert in self.ids[layer]:
             table[expert] = self.gains[layer, expert]
         weights = routing.weights * table.to(routing.weights.device)[routing.indices]
         if self.renormalize:
@@ -216,6 +252,8 @@ class Replace(Edit):
 
     functions: Mapping[int, Callable[[Tensor, Tensor, Tensor], Tensor]]
 
+    uses_output = False
+
     def layers(self) -> Collection[int]:
         return self.functions.keys()
 
@@ -225,4 +263,4 @@ class Replace(Edit):
             raise ValueError(
                 f"Replace: layer {layer} must give {tuple(output.shape)}; the function gave {tuple(new.shape)}"
             )
-        return new.to(output.dtype)
+        return new

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from moestro.routing import Routing
@@ -37,14 +37,16 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.sample)
 
-    def __getitem__(self, chosen: slice) -> Tokens:
+    def __getitem__(self, chosen: slice | Int[Tensor, " m"]) -> Tokens:
         return Tokens(self.sample[chosen], self.position[chosen], self.id[chosen], self.domain[chosen], self.domains)
 
     @classmethod
     def cat(cls, parts: Sequence[Tokens]) -> Tokens:
         """The tokens of several parts of one data set, one after the other."""
-        joined = {f: torch.cat([getattr(t, f) for t in parts]) for f in ("sample", "position", "id", "domain")}
-        return cls(**joined, domains=parts[0].domains)
+        names = tuple(dict.fromkeys(name for t in parts for name in t.domains))
+        sample, position, id = (torch.cat([getattr(t, f) for t in parts]) for f in ("sample", "position", "id"))
+        domain = torch.cat([torch.tensor([names.index(n) for n in t.domains])[t.domain] for t in parts])
+        return cls(sample, position, id, domain, names)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Batch:
         shape: tuple[int, int],
         *,
         ids: Int[Tensor, "b t"] | None,
-        mask: Int[Tensor, "b s"] | None,
+        mask: Shaped[Tensor, "b s"] | None,
         sample: Int[Tensor, " b"] | None = None,
         start: Int[Tensor, " b"] | int = 0,
         domain: Int[Tensor, " b"] | None = None,
@@ -96,10 +98,26 @@ class Batch:
         given = ids if ids is not None else embeds
         if given is None or given.dim() < 2:
             return None
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        start = cache.get_seq_length() if cache is not None and mask is None and hasattr(cache, "get_seq_length") else 0
-        return cls.of((given.shape[0], given.shape[1]), ids=ids, mask=mask, start=start)
+        cache = kwargs.get("past_key_values")
+        before = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Mapping):  # one for each kind of attention
+            mask = mask.get("full_attention", next(iter(mask.values())))
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            mask = _real_tokens(mask, before, given.shape[1])
+        elif mask is not None and not isinstance(mask, Tensor):
+            return None
+        return cls.of((given.shape[0], given.shape[1]), ids=ids, mask=mask, start=before if mask is None else 0)
+
+
+def _real_tokens(mask: Shaped[Tensor, "b h t s"], before: int, length: int) -> Bool[Tensor, "b n"]:
+    """Which of the tokens so far are no padding, from the mask [B, 1, T, S] that attention itself is given.
+
+    A new token is real where it may attend to itself, an earlier one where a new token may attend to it.
+    """
+    allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+    own = allowed.diagonal(before, dim1=1, dim2=2)[:, :length]
+    return torch.cat([allowed[:, :, :before].any(dim=1), own], dim=1)
 
 
 class MoEEvent:
@@ -107,9 +125,9 @@ class MoEEvent:
 
     Attributes of N tokens are computed when first read, so an observer pays only for what it uses:
     `hidden` [N, H] (input of the experts), `routing` (the triple that was in force, edits included), `combined`
-    [N, H] (the routed experts' weighted sum), and where asked for in `needs`: `norms` [N, K] (L2 norm of each
-    slot's output before its gate weight), `outputs` [N, K, H], `residual` [N, H] (the residual stream that the
-    block will be added to). Unused slots have weight 0.
+    [N, H] (the routed experts' weighted sum; before any Replace where an observer asks for norms or outputs), and
+    where asked for in `needs`: `norms` [N, K] (L2 norm of each slot's output before its gate weight), `outputs`
+    [N, K, H], `residual` [N, H] (the residual stream that the block will be added to). Unused slots have weight 0.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Float, Int
@@ -43,24 +44,32 @@ def observe(
     Raises:
         ValueError: no batch holds a token, or an observer asks for an unknown need.
         FloatingPointError: NaN router logits; names the layer and the sample.
+        RuntimeError: another process failed.
     """
     rank, world = _rank_and_world()
     batches = data if hasattr(data, "__len__") else list(data)
     device = next(stack.parameters()).device
     seen = samples = 0
-    with taps.observing(observers), torch.no_grad(), progress_bar(progress and rank == 0) as bar:
-        task = bar.add_task("observing", total=len(batches))  # type: ignore[arg-type]
-        for number, item in enumerate(batches):
-            batch, inputs = as_batch(item, samples)
-            samples += batch.shape[0]
-            if number % world == rank and len(batch.tokens):
-                with taps.on_batch(batch):
-                    stack(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
-            seen += len(batch.tokens)
-            bar.advance(task)
-    if not seen:
-        raise ValueError("the data holds no token to observe: every batch is empty or padding")
-    return [o.result() for o in _merged(observers, world)]
+    failure: Exception | None = None
+    try:
+        with taps.observing(observers), torch.no_grad(), progress_bar(progress and rank == 0) as bar:
+            task = bar.add_task("observing", total=len(batches))  # type: ignore[arg-type]
+            for number, item in enumerate(batches):
+                batch, inputs = as_batch(item, samples)
+                samples += batch.shape[0]
+                if number % world == rank and len(batch.tokens):
+                    with taps.on_batch(batch):
+                        stack(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
+                seen += len(batch.tokens)
+                bar.advance(task)
+        if not seen:
+            raise ValueError("the data holds no token to observe: every batch is empty or padding")
+    except Exception as e:
+        if world == 1:
+            raise
+        failure = e  # the other processes wait for ours
+    merged = observers if world == 1 else _merged(observers, failure, rank, world)
+    return [o.result() for o in merged]
 
 
 def as_batch(item: Any, first_sample: int = 0) -> tuple[Batch, dict[str, Tensor]]:
@@ -96,19 +105,24 @@ def _rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def _merged(observers: Sequence[Observer], world: int) -> list[Observer]:
-    """The observers of all processes merged in rank order, the same on every process."""
-    if world == 1:
-        return list(observers)
+def _merged(observers: Sequence[Observer], failure: Exception | None, rank: int, world: int) -> Sequence[Observer]:
+    """The observers of all processes merged in rank order, the same on every process; or the failure of any."""
     import torch.distributed as dist
 
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, list(observers))
-    merged = gathered[0]
-    for shard in gathered[1:]:
-        for mine, theirs in zip(merged, shard, strict=True):
+    failures: list[Any] = [None] * world
+    dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if failed := [(r, f) for r, f in enumerate(failures) if f is not None]:
+        raise RuntimeError(f"process {failed[0][0]} failed while observing: {failed[0][1]}")
+    shards: list[Any] = [None] * world
+    dist.gather_object(list(observers), shards if rank == 0 else None)
+    merged = shards[:1]
+    for shard in shards[1:] if rank == 0 else ():  # once: merging may move files
+        for mine, theirs in zip(merged[0], shard, strict=True):
             mine.merge(theirs)
-    return merged
+    dist.broadcast_object_list(merged)
+    return merged[0]
 
 
 class DomainTable:
@@ -311,7 +325,10 @@ def read_trace(path: str | Path, slots: int | None = None, classes: int | None =
 
 
 class LayerOutputs:
-    """The routed experts' summed output [N, H] of chosen layers, up to `max_tokens` a layer, with their tokens."""
+    """The routed experts' summed output [N, H] of chosen layers, up to `max_tokens` a layer, with their tokens.
+
+    Tokens are in the order of their samples and positions.
+    """
 
     needs: frozenset[str] = frozenset()
 
@@ -325,9 +342,9 @@ class LayerOutputs:
             return
         room = self.max_tokens - self._count.get(event.layer, 0)
         if room > 0:
-            taken = slice(0, room)
-            self._kept.setdefault(event.layer, []).append((event.combined[taken].cpu().clone(), event.tokens[taken]))
-            self._count[event.layer] = self._count.get(event.layer, 0) + len(event.tokens[taken])
+            outputs, tokens = event.combined[:room].to("cpu", copy=True), event.tokens[:room]
+            self._kept.setdefault(event.layer, []).append((outputs, tokens))
+            self._count[event.layer] = self._count.get(event.layer, 0) + len(tokens)
 
     def merge(self, other: Self) -> None:
         for layer, parts in other._kept.items():
@@ -336,7 +353,9 @@ class LayerOutputs:
 
     def result(self) -> dict[int, tuple[Float[Tensor, "n h"], Tokens]]:
         """{layer: (outputs [N, H], tokens)}"""
-        return {
-            layer: (torch.cat([o for o, _ in parts]), Tokens.cat([t for _, t in parts]))
-            for layer, parts in self._kept.items()
-        }
+        joined = {}
+        for layer, parts in sorted(self._kept.items()):
+            tokens = Tokens.cat([t for _, t in parts])
+            order = torch.from_numpy(np.lexsort((tokens.position.numpy(), tokens.sample.numpy())))[: self.max_tokens]
+            joined[layer] = torch.cat([o for o, _ in parts])[order], tokens[order]
+        return joined
