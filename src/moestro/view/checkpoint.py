@@ -22,7 +22,7 @@ import transformers
 from torch import nn
 
 from moestro.view.layers import MoELayer
-from moestro.view.surgery import EXPERT_COUNT, numbers
+from moestro.view.surgery import EXPERT_COUNT, TOP_K, numbers
 
 INDEX = "model.safetensors.index.json"
 
@@ -71,7 +71,8 @@ def model_class(config: Any) -> type[transformers.PreTrainedModel]:
             return getattr(transformers, name)
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText, transformers.AutoModel):
         if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
+            found = auto._model_mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found  # type: ignore[return-value]
     raise ValueError(
         f"{config.architectures or [type(config).__name__]} is not part of transformers {transformers.__version__}; "
         "moestro opens families with an experts interface in transformers, not remote code"
@@ -84,13 +85,19 @@ def plain_config(model: nn.Module, stack: nn.Module, layers: Sequence[MoELayer])
     Raises ValueError where there is none: the family stores one number of experts for all layers, or experts were
     replaced by modules of another kind.
     """
+    if not isinstance(model, transformers.PreTrainedModel):
+        inside = next((n for n, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)), "")
+        raise ValueError(
+            f"{type(model).__name__} is no transformers model, so it has no plain checkpoint; save its part: "
+            f"moestro.open(model.{inside})"
+        )
     config = copy.deepcopy(model.config)
     counts = {layer.index: layer.num_experts for layer in layers}
     if len(set(counts.values())) > 1:
         inner = _inner_config(config, model.config, stack.config)
         stated = {n: v for n, v in numbers(inner, EXPERT_COUNT)}
         inner.per_layer_config = {i: dict.fromkeys(stated, c) for i, c in counts.items()}
-    problem = _mismatch(model, config)
+    problem = _mismatch(model, config, layers)
     if problem is None:
         return config
     if len(set(counts.values())) > 1:
@@ -113,8 +120,8 @@ def _inner_config(copied: Any, original: Any, wanted: Any) -> Any:
     return None
 
 
-def _mismatch(model: nn.Module, config: Any) -> str | None:
-    """Build the config on the meta device and name the first tensor whose shape differs from the model's."""
+def _mismatch(model: nn.Module, config: Any, layers: Sequence[MoELayer]) -> str | None:
+    """Build the config on the meta device and name the first difference: a tensor's shape, a count, a top_k."""
     try:
         with torch.device("meta"):
             twin = type(model)(config)
@@ -125,6 +132,12 @@ def _mismatch(model: nn.Module, config: Any) -> str | None:
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
             return f"{name} has shape {ours.get(name)}, its config says {theirs.get(name)}"
+    for layer in layers:
+        for place in ("", f".{layer.router_name}", f".{layer.experts_name}"):
+            module, built = (m.get_submodule(layer.name + place) for m in (model, twin))
+            for attribute, value in [*numbers(module, EXPERT_COUNT), *numbers(module, TOP_K)]:
+                if getattr(built, attribute, value) != value:
+                    return f"{layer.name}{place}.{attribute} is {value}, its config says {getattr(built, attribute)}"
     return None
 
 

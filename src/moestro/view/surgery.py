@@ -18,13 +18,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moestro.view.layers import MoELayer
-from moestro.view.rules import RouterCall, named_tensors
+from moestro.view.rules import RouterCall, derive_rule, named_tensors
 
 Keep = Mapping[int, Sequence[int]]
 """{decoder layer number: experts to keep}"""
 
 EXPERT_COUNT = re.compile(r"^(?!.*(shared|per_tok|top|group|size|dim|layer)).*(experts|router_classes)$")
-TOP_K = re.compile(r"^(?!.*group).*(top_?k|per_tok)(_experts)?$")
+TOP_K = re.compile(r"^(?!.*(group|index)).*(top_?k|per_tok(en)?|moe_k)(_experts)?$")
 
 
 def keep_experts(layers: Sequence[MoELayer], keep: Keep) -> None:
@@ -41,6 +41,19 @@ def keep_experts(layers: Sequence[MoELayer], keep: Keep) -> None:
     for layer, ids in chosen:
         if ids != list(range(layer.num_experts)):
             _cut(layer, ids)
+
+
+def check_unshared(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """Raise ValueError where expert weights also serve a module outside these layers, which a cut would leave whole."""
+    ours = {id(p): layer for layer in layers for p in layer.experts.parameters()}
+    inside = {id(m) for layer in layers for m in layer.experts.modules()}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(module) not in inside and (layer := ours.get(id(parameter))) is not None:
+                raise ValueError(
+                    f"layer {layer.index} ({layer.name}) shares its expert weights with {name}: experts cannot be "
+                    "removed from one of them alone"
+                )
 
 
 def check_keep(layer: MoELayer, ids: Sequence[int]) -> None:
@@ -146,21 +159,36 @@ def set_top_k(layers: Sequence[MoELayer], holders: Iterable[Any], top_k: int) ->
     undo = [
         (owner, name, value)
         for owner in [*modules, *holders]
-        for name, value in numbers(owner, TOP_K)
+        for name, value in [*numbers(owner, TOP_K), *_top_k_as_count(owner, layers)]
         if value == layers[0].top_k
     ]
-    for owner, name, _ in undo:
-        setattr(owner, name, top_k)
-    for layer in layers:
-        call = RouterCall(layer.block, layer.router)
-        got = call(call.hidden(0)).indices.shape[1]
-        if got != top_k:
-            for owner, name, value in undo:
-                setattr(owner, name, value)
-            raise ValueError(f"layer {layer.index}: its router keeps choosing {got} experts; top_k cannot be changed")
-    for layer in layers:
-        assert layer.rule is not None
-        layer.rule = replace(layer.rule, top_k=top_k)
+    rules = []
+    try:
+        for owner, name, _ in undo:
+            setattr(owner, name, top_k)
+        for layer in layers:
+            call = RouterCall(layer.block, layer.router)
+            got = call(call.hidden(0)).indices.shape[1]
+            if got != top_k:
+                raise ValueError(f"its router keeps choosing {got} experts")
+            assert layer.rule is not None
+            # Derived anew: some routers put top_k into a weight (OpenAI's privacy filter divides by it).
+            rules.append(derive_rule(call, layer.num_experts, replace(layer.rule, top_k=top_k)))
+    except Exception as e:
+        for owner, name, value in undo:
+            setattr(owner, name, value)
+        reason = str(e).splitlines()[-1].strip() or type(e).__name__
+        raise ValueError(f"layer {layers[len(rules)].index}: top_k cannot be changed to {top_k}: {reason}") from e
+    for layer, rule in zip(layers, rules, strict=True):
+        layer.rule = rule
+
+
+def _top_k_as_count(owner: Any, layers: Sequence[MoELayer]) -> list[tuple[str, int]]:
+    """Where a block keeps top_k under the name of a number of experts (OpenAI's privacy filter scales by it)."""
+    blocks = {layer.block: layer for layer in layers}
+    if not isinstance(owner, nn.Module) or owner not in blocks:
+        return []
+    return [(n, v) for n, v in numbers(owner, EXPERT_COUNT) if v != blocks[owner].num_experts]
 
 
 def set_expert_count(holders: Iterable[Any], old: int, new: int) -> None:
