@@ -21,6 +21,11 @@ app = typer.Typer(
 console = Console()
 
 
+@app.callback()
+def _commands() -> None:
+    """Keeps `fit` a command of its own, however many others there are."""
+
+
 @app.command()
 def fit(
     model: Annotated[str, typer.Argument(help="checkpoint directory, hub name or bundled model")] = "quartet",
