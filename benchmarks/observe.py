@@ -10,7 +10,7 @@ import json
 import platform
 import statistics
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ def main() -> None:
     Console().print(table)
     if options.json:
         record = {
-            "date": datetime.now(timezone.utc).isoformat(),
+            "date": datetime.now(UTC).isoformat(),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "plain_backend": implementation,

@@ -1,0 +1,42 @@
+"""The code in the documentation runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import moestro
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture
+def view() -> moestro.ExpertView:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=97,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        moe_intermediate_size=20,
+        num_experts=8,
+        num_experts_per_tok=2,
+    )
+    return moestro.open(Qwen3MoeForCausalLM(config).eval())
+
+
+def test_the_examples_of_the_seams_page_run(view):
+    ids = torch.randint(0, 97, (4, 32))
+    names = {"view": view, "batches": [ids[:2], ids[2:]], "inputs": {"input_ids": ids}}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "seams.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "seams.md", "exec"), names)
+    assert names["entropy"].keys() == {0, 1}
+    with torch.no_grad():
+        assert not torch.equal(names["sharp"], view.model(ids).logits)
+    assert [layer.num_experts for layer in view.layers] == [4, 4]
