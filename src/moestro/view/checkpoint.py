@@ -123,10 +123,11 @@ def _inner_config(copied: Any, original: Any, wanted: Any) -> Any:
 def _mismatch(model: nn.Module, config: Any, layers: Sequence[MoELayer]) -> str | None:
     """Build the config on the meta device and name the first difference: a tensor's shape, a count, a top_k."""
     try:
+        config.validate()
         with torch.device("meta"):
             twin = type(model)(config)
     except Exception as e:  # whatever a family's constructor says is the reason
-        return f"transformers cannot build it ({type(e).__name__}: {str(e).splitlines()[0][:160]})"
+        return f"transformers cannot build it ({type(e).__name__}: {str(e).splitlines()[-1].strip()[:160]})"
     ours = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     theirs = {n: tuple(t.shape) for n, t in twin.state_dict().items()}
     for name in [*ours, *theirs]:

@@ -166,6 +166,9 @@ def set_top_k(layers: Sequence[MoELayer], holders: Iterable[Any], top_k: int) ->
     try:
         for owner, name, _ in undo:
             setattr(owner, name, top_k)
+        for owner in {id(owner): owner for owner, _, _ in undo}.values():
+            if not isinstance(owner, nn.Module):
+                owner.validate()  # Zaya's config, for one, allows a single expert per token only
         for layer in layers:
             call = RouterCall(layer.block, layer.router)
             got = call(call.hidden(0)).indices.shape[1]
