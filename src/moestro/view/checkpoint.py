@@ -93,10 +93,13 @@ def plain_config(model: nn.Module, stack: nn.Module, layers: Sequence[MoELayer])
         )
     config = copy.deepcopy(model.config)
     counts = {layer.index: layer.num_experts for layer in layers}
-    if len(set(counts.values())) > 1:
-        inner = _inner_config(config, model.config, stack.config)
-        stated = {n: v for n, v in numbers(inner, EXPERT_COUNT)}
-        inner.per_layer_config = {i: dict.fromkeys(stated, c) for i, c in counts.items()}
+    inner = _inner_config(config, model.config, stack.config)
+    if len(set(counts.values())) > 1 or inner.is_heterogeneous:
+        stated = [name for name, _ in numbers(inner, EXPERT_COUNT)]
+        per_layer = {int(i): values for i, values in inner.to_dict().get("per_layer_config", {}).items()}
+        inner.per_layer_config = per_layer | {
+            i: per_layer.get(i, {}) | dict.fromkeys(stated, count) for i, count in counts.items()
+        }
     problem = _mismatch(model, config, layers)
     if problem is None:
         return config
