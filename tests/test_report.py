@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from moestro.fit.result import Cost, Coverage, DomainLoss, FitReport, LayerChoice, Sample
+from moestro.fitting.result import Cost, Coverage, DomainLoss, FitReport, LayerChoice, Sample
 from moestro.report import fit_page, write_fit_page
 from moestro.report.figures import (
     change_text,

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moestro.evidence.commands import papers, reproduce
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -19,12 +21,6 @@ app = typer.Typer(
     help="Understand, steer, shrink and save mixture-of-experts models.",
 )
 console = Console()
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps `fit` a command of its own, however many others there are."""
-
 
 @app.command()
 def fit(
@@ -59,9 +55,9 @@ def fit(
 
       moestro fit ./Qwen3-30B-A3B --experts 50% --for mails.txt --for chats.parquet --dry-run
     """
-    import moestro.fit.pipeline as pipeline
+    import moestro.fitting.pipeline as pipeline
     import moestro.view.open as opening
-    from moestro.fit.plan import make_plan
+    from moestro.fitting.plan import make_plan
 
     data = for_ or list(pipeline.DEFAULT_TASK)
     target = out or Path(f"{Path(model).name}-fit")
@@ -89,6 +85,10 @@ def fit(
     )
     _print_report(fitted.report)
     console.print(f"\ncheckpoint  {target}\nreport      {target / 'report.html'}", highlight=False)
+
+
+app.command()(papers)
+app.command()(reproduce)
 
 
 def _print_plan(view, plan) -> None:
@@ -137,6 +137,10 @@ def _size(number: int) -> str:
 def main() -> None:
     """Run the command line; errors that a user can mend are told in one line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
     warnings.showwarning = lambda message, *_args, **_kw: console.print(f"[yellow]warning:[/] {message}")
     try:
         app()

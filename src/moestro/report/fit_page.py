@@ -24,7 +24,7 @@ from markupsafe import Markup
 from moestro.report import figures
 
 if TYPE_CHECKING:
-    from moestro.fit.result import DomainLoss, FitReport, LayerChoice, Sample
+    from moestro.fitting.result import DomainLoss, FitReport, LayerChoice, Sample
 
 SALIENCIES = {
     "random": "a random number: the floor that every saliency must beat",

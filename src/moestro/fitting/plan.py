@@ -19,7 +19,7 @@ from moestro.compress.prune.keep import (
 )
 from moestro.compress.prune.saliency import SALIENCIES, Scores, random
 from moestro.data import TokenBatches
-from moestro.fit.result import Coverage
+from moestro.fitting.result import Coverage
 from moestro.view.observe import SlotStatistics, SlotStats
 
 ENOUGH_TOKENS = 100
