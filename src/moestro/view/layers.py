@@ -108,11 +108,12 @@ def _attach(model: nn.Module, block_name: str, experts_name: str, index: int, li
     block = model.get_submodule(block_name)
     experts = getattr(block, experts_name)
     num_experts = num_experts_of(experts)
-    if next(experts.parameters()).device.type == "meta":
-        raise ValueError(f"{block_name}: weights are on the meta device; load them, or open the path with stream=True")
     attempts = []
     for name, child in block.named_children():
         if child is experts or not _could_route(child, num_experts):
+            continue
+        if any(p.is_meta for p in child.parameters()):
+            attempts.append(f"{name}: its weights are on the meta device; load them, or open with stream=True")
             continue
         try:
             call = RouterCall(block, child)

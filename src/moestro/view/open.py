@@ -148,7 +148,7 @@ def open(
 
         if isinstance(model, nn.Module):
             raise ValueError("stream=True opens a checkpoint directory; this model is in memory already")
-        return StreamView(model, tokenizer=tokenizer, **load_options)
+        return StreamView(model, tokenizer=tokenizer, part=part, **load_options)
     if isinstance(model, str | Path):
         model, found = load(model, **load_options)
         tokenizer = tokenizer if tokenizer is not None else found

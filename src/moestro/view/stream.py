@@ -1,0 +1,707 @@
+"""`moestro.open(path, stream=True)`: models larger than memory, decoder layer by decoder layer.
+
+The model is a skeleton on the meta device; only its routers, which are small, stay in memory. To observe, the first
+decoder layer is loaded and sees all batches, what it hands on is kept, and so on with the next. Each layer runs inside
+the family's own forward: the layers before it play back what they handed on, the ones behind it pass it through, so
+masks, positions and whatever else a family gives its layers come from the family's code. To save, each layer is
+loaded, cut as planned, converted to the checkpoint's own form and written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import moestro.view.checkpoint as checkpoint
+import moestro.view.surgery as surgery
+from moestro.view.events import Observer
+from moestro.view.layers import MoELayer, _could_route, is_experts
+from moestro.view.observe import _merged, _rank_and_world, as_batch, progress_bar
+from moestro.view.open import ExpertView
+from moestro.view.rules import named_tensors
+from moestro.view.stream_weights import SHARD_BYTES, Group, Weights, Writer
+
+HIDDEN_BYTES = 2**30
+"""Hidden states of the calibration set are kept in memory up to this size, beyond it in files."""
+PREFETCH_BYTES = 2**31
+"""Layers up to this size are read ahead while the layer before them computes."""
+
+
+class StreamView(ExpertView):
+    """An ExpertView whose weights stay on disk. `observe`, `keep_experts`, `merge_experts`, `set_top_k` and `save` work
+    as in memory; `view.model` holds no weights but the routers', so it cannot be called itself.
+
+    `path`: a checkpoint directory in a plain (not quantised) type. `dtype`, `attn_implementation` and
+    `experts_implementation` as for `from_pretrained`; `device`: where layers are computed, one at a time.
+
+    Raises:
+        FileNotFoundError, ValueError: an incomplete or quantised checkpoint, or a model that ExpertView refuses.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Any = None,
+        *,
+        part: str | None = None,
+        dtype: Any = "auto",
+        device: str = "cpu",
+        attn_implementation: str | None = None,
+        experts_implementation: str | None = None,
+    ):
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"stream=True opens a checkpoint directory; there is none at {path}")
+        checkpoint.check_complete(self.path)
+        config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation
+        if experts_implementation is not None:
+            config._experts_implementation = experts_implementation
+        self._weights = Weights(self.path, config, dtype=dtype, device=device)
+        model = self._weights.model
+        _adopt_generation_config(model, self.path)
+        with torch.no_grad():
+            self._weights.load(self._weights.under(*_router_names(model)))
+            if tokenizer is None:
+                try:
+                    tokenizer = AutoTokenizer.from_pretrained(self.path)
+                except (OSError, ValueError, KeyError, AttributeError):
+                    tokenizer = None
+            super().__init__(model, tokenizer, part=part)
+        self._list_name = _list_of(self.layers)
+        self._decoder = list(model.get_submodule(self._list_name))
+        self._plan: dict[int, list[Callable[[list[MoELayer]], None]]] = {layer.index: [] for layer in self.layers}
+        self._as_opened = [_State(module, self._holders_in(i)) for i, module in enumerate(self._decoder)]
+
+    @property
+    def original_bytes(self) -> int:
+        """Size of the weights in the checkpoint on disk; `num_bytes` is that of the one to be saved."""
+        return self._weights.nbytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights in the checkpoint that `save` would write."""
+        state = self.model.state_dict()
+        return sum(state[name].nbytes for name in self._weights.saved_names())
+
+    # Surgery: at once on the skeleton, which checks it; on the weights whenever a layer is loaded
+
+    def keep_experts(self, keep: surgery.Keep) -> None:
+        """Plan to drop all experts but {layer: [ids]}; checked at once. See `surgery.keep_experts`."""
+        super().keep_experts(keep)
+        for index, ids in keep.items():
+            self._plan[index].append(partial(surgery.keep_experts, keep={index: list(ids)}))
+
+    def merge_experts(
+        self,
+        clusters: Mapping[int, Sequence[Sequence[int]]],
+        weights: Mapping[int, Float[Tensor, " e"]] | None = None,
+    ) -> None:
+        """Plan to make each cluster of experts one: {layer: [[ids], ...]}. See `surgery.merge_experts`."""
+        super().merge_experts(clusters, weights)
+        for index, groups in clusters.items():
+            share = None if weights is None else {index: weights[index].clone()}
+            self._plan[index].append(partial(surgery.merge_experts, clusters={index: groups}, weights=share))
+
+    def replace_experts(self, layer: int, module: nn.Module) -> None:
+        raise ValueError("a streamed model's experts cannot be replaced by a module: open it with stream=False")
+
+    def observing(self, *observers: Observer) -> Any:
+        raise ValueError("a streamed model cannot be called; give the data to view.observe(data, observers)")
+
+    # Observe
+
+    def observe(
+        self,
+        data: Iterable[Any],
+        observers: Sequence[Observer],
+        *,
+        progress: bool = True,
+        work: str | Path | None = None,
+        hidden_bytes: int = HIDDEN_BYTES,
+    ) -> list[Any]:
+        """Run the model over `data` for all observers, layer by layer; returns their results in order.
+
+        Arguments and results are those of `ExpertView.observe`, bit for bit in the same dtype; events come layer by
+        layer instead of batch by batch. Layers behind the last MoE layer are not run.
+
+        work: a directory in which to keep the hidden states and the observers after every layer. A run that was cut
+            off goes on with the next layer when it is started again with the same arguments. Delete it when done.
+        hidden_bytes: hidden states larger than this are kept in files.
+
+        Raises:
+            ValueError: no batch holds a token, an observer asks for an unknown need, `work` belongs to another
+                observation (says what differs), or an observer cannot be pickled into it.
+            FloatingPointError: NaN router logits; names the layer and the sample.
+        """
+        rank, world = _rank_and_world()
+        batches = data if hasattr(data, "__len__") and hasattr(data, "__getitem__") else list(data)
+        observers, failure = list(observers), None
+        try:
+            self._observe(batches, observers, rank, world, progress and rank == 0, work, hidden_bytes)
+        except Exception as e:
+            if world == 1:
+                raise
+            failure = e  # the other processes wait for ours
+        merged = observers if world == 1 else _merged(observers, failure, rank, world)
+        return [o.result() for o in merged]
+
+    def _observe(
+        self,
+        batches: Any,
+        observers: list[Observer],
+        rank: int,
+        world: int,
+        progress: bool,
+        work: str | Path | None,
+        hidden_bytes: int,
+    ) -> None:
+        """This process' share: every `world`-th batch, with `rank` the first."""
+        mine, samples, seen = [], 0, 0
+        for number in range(len(batches)):
+            batch, _ = as_batch(batches[number], samples)
+            if number % world == rank and len(batch.tokens):
+                mine.append((number, samples))
+            samples, seen = samples + batch.shape[0], seen + len(batch.tokens)
+        if not seen:
+            raise ValueError("the data holds no token to observe: every batch is empty or padding")
+        last = max(layer.index for layer in self.layers)
+        device = self._weights.device
+        with ExitStack() as undo:
+            bar = undo.enter_context(progress_bar(progress))
+            stage: _Progress | None = None
+            if work is None:
+                directory = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="moestro-hidden-")))
+            else:
+                directory = Path(work) / f"rank{rank}" if world > 1 else Path(work)
+                stage = _Progress(directory, self._fingerprint(batches, observers))
+            hidden = _Hidden(directory, len(mine), hidden_bytes if stage is None else 0)
+            first = 0 if stage is None else stage.resume(observers, hidden)
+            task = bar.add_task("observing", total=(last + 1) * len(mine), completed=first * len(mine))
+            if first > last:
+                return
+            walk = _Walk(self.stack, self._decoder)
+            undo.enter_context(torch.no_grad())
+            undo.enter_context(self._surroundings())
+            undo.enter_context(self._taps.observing(observers))
+            ahead = undo.enter_context(_Ahead(self._weights))
+            for index in range(first, last + 1):
+                with self._loaded(index, ahead), walk.at(index):
+                    ahead.start(self._groups(index + 1) if index < last else [])
+                    for place, (number, first_sample) in enumerate(mine):
+                        batch, inputs = as_batch(batches[number], first_sample)
+                        inputs = {k: v.to(device) for k, v in inputs.items()}
+                        with self._taps.on_batch(batch):
+                            handed = walk.run(inputs, hidden.get(place, device))
+                        if index < last:
+                            hidden.put(place, handed)
+                        bar.advance(task)
+                hidden.turn()
+                if index == 0 and last > 1 and mine:
+                    self._check_chain(walk, batches, mine, hidden)
+                if stage is not None:
+                    stage.commit(index + 1, observers, hidden)
+
+    def _check_chain(self, walk: _Walk, batches: Any, mine: list[tuple[int, int]], hidden: _Hidden) -> None:
+        """Keep every layer's output where a layer reads more than that of the layer right before it."""
+        place = min(range(len(mine)), key=lambda p: as_batch(batches[mine[p][0]])[0].shape)
+        _, inputs = as_batch(batches[mine[place][0]])
+        inputs = {k: v.to(self._weights.device) for k, v in inputs.items()}
+        hidden.keep_all = walk.reader_of_more(inputs, hidden.get(place, self._weights.device)) is not None
+
+    def _fingerprint(self, batches: Any, observers: Sequence[Observer]) -> dict[str, Any]:
+        """What an interrupted observation must have in common with the one that goes on."""
+        if self._taps._edits:
+            raise ValueError("an observation under edits cannot be resumed; leave out work=")
+        digest = hashlib.sha256()
+        samples = 0
+        for number in range(len(batches)):
+            batch, inputs = as_batch(batches[number], samples)
+            samples += batch.shape[0]
+            tokens = batch.tokens
+            for tensor in (inputs["input_ids"], tokens.id, tokens.sample, tokens.position, tokens.domain):
+                digest.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().cpu().numpy().tobytes())
+            digest.update(repr(tokens.domains).encode())
+        files = [self.path / "config.json", *self._weights.files]
+        return {
+            "checkpoint": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+            "experts kept": {str(i): ids for i, ids in self.original_ids.items()},
+            "top_k": [layer.top_k for layer in self.layers],
+            "dtype": str(self.model.dtype),
+            "data": digest.hexdigest(),
+            "observers": [f"{type(o).__module__}.{type(o).__qualname__}" for o in observers],
+        }
+
+    # Load one part at a time
+
+    def _groups(self, index: int) -> list[Group]:
+        return self._weights.under(f"{self._list_name}.{index}.")
+
+    def _holders_in(self, index: int) -> list[nn.Module]:
+        return [m for layer in self.layers if layer.index == index for m in (layer.router, layer.block, layer.experts)]
+
+    @contextmanager
+    def _loaded(self, index: int, ahead: _Ahead | None = None) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights, cut as planned; without them again when the block ends."""
+        module = self._decoder[index]
+        planned = _State(module, self._holders_in(index))
+        try:
+            self._as_opened[index].restore()
+            groups = self._groups(index)
+            if ahead is not None:
+                ahead.wait(groups)
+            self._weights.load(groups)
+            for change in self._plan.get(index, []):
+                change([layer for layer in self.layers if layer.index == index])
+            yield module
+        finally:
+            planned.restore()
+
+    @contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        """What the stack holds beside its decoder layers, embeddings above all, with its weights."""
+        name = next(n for n, m in self.model.named_modules() if m is self.stack)
+        prefix = f"{name}." if name else ""
+        state = _State(self.stack, [])
+        inside = [g for g in self._weights.under(prefix) if not g.targets[0].startswith(self._list_name + ".")]
+        try:
+            self._weights.load(inside)
+            yield
+        finally:
+            state.restore()
+
+    # Save
+
+    def save(self, path: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> Path:
+        """Write the planned model as a plain Hugging Face checkpoint, holding one decoder layer in memory at a time.
+
+        The tensors are those that `ExpertView.save` writes; files are split at `shard_bytes`. Tokenizer and processor
+        files are copied.
+
+        Raises:
+            ValueError: the model cannot be stored as a plain checkpoint; says why and what can be done.
+            FileExistsError: the directory is there and `overwrite` is off.
+            OSError: the disk cannot hold it. Nothing is left behind.
+        """
+        config = checkpoint.plain_config(self.model, self.stack, self.layers)
+        config.dtype = str(self.model.dtype).removeprefix("torch.")
+        config.architectures = [type(self.model).__name__]
+        names = self._weights.saved_names()
+        with self._configured(config), torch.no_grad():
+            layout: dict[str, Tensor] = {}
+            for index, groups in self._units():
+                layout |= self._weights.to_stored(self._tensors(index, groups, names))
+        size = sum(t.nbytes for t in layout.values())
+        with checkpoint.complete_directory(path, overwrite=overwrite, size=size) as half, torch.no_grad():
+            _copy_companions(self.path, half)
+            config.save_pretrained(half)
+            if self.model.can_generate():
+                self.model.generation_config.save_pretrained(half)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(half)
+            notes = {"original_experts": {str(i): ids for i, ids in self.original_ids.items()}}
+            (half / "moestro.json").write_text(json.dumps(notes, indent=1))
+            writer = Writer(half, layout, shard_bytes=shard_bytes)
+            try:
+                with progress_bar() as bar, _Ahead(self._weights) as ahead:
+                    task = bar.add_task("saving", total=len(self._decoder))
+                    for index, groups in self._units():
+                        with self._loaded(index, ahead) if index is not None else self._part(groups):
+                            if index is not None:
+                                ahead.start(self._groups(index + 1) if index + 1 < len(self._decoder) else [])
+                            with self._configured(config):
+                                stored = self._weights.to_stored(self._tensors(index, groups, names))
+                            for name in list(stored):
+                                writer.write(name, stored.pop(name))
+                        bar.advance(task, index is not None)
+                writer.finish()
+            finally:
+                writer.close()
+        return Path(path)
+
+    def _units(self) -> Iterator[tuple[int | None, list[Group]]]:
+        """Everything in the checkpoint in parts: decoder layers by number, and each group outside of them."""
+        for index in range(len(self._decoder)):
+            yield index, self._groups(index)
+        for group in self._weights.groups:
+            if not group.targets[0].startswith(self._list_name + "."):
+                yield None, [group]
+
+    def _tensors(self, index: int | None, groups: list[Group], names: set[str]) -> dict[str, Tensor]:
+        """The tensors of one part that are to be saved, as they are now, by their names in the model."""
+        if index is not None:
+            prefix = f"{self._list_name}.{index}."
+            state = self._decoder[index].state_dict(prefix=prefix)
+        else:
+            state = {t: self.model.get_parameter_or_buffer(t).detach() for g in groups for t in g.targets}
+        return {name: tensor for name, tensor in state.items() if name in names}
+
+    @contextmanager
+    def _part(self, groups: list[Group]) -> Iterator[None]:
+        owners = {t.rpartition(".")[0] for g in groups for t in g.targets}
+        states = [_State(self.model.get_submodule(owner), [], recurse=False) for owner in owners]
+        try:
+            self._weights.load(groups)
+            yield
+        finally:
+            for state in states:
+                state.restore()
+
+    @contextmanager
+    def _configured(self, config: Any) -> Iterator[None]:
+        former, self.model.config = self.model.config, config
+        try:
+            yield
+        finally:
+            self.model.config = former
+
+
+class _State:
+    """The tensors of a module and the numbers of experts that some modules state, to come back to."""
+
+    def __init__(self, module: nn.Module, holders: Iterable[Any], *, recurse: bool = True):
+        self._tensors = [(owner, attr, getattr(owner, attr)) for _, owner, attr in named_tensors(module, recurse)]
+        self._numbers = [(h, n, v) for h in holders for n, v in surgery.numbers(h, surgery.EXPERT_COUNT)]
+
+    def restore(self) -> None:
+        for owner, name, value in [*self._tensors, *self._numbers]:
+            setattr(owner, name, value)
+
+
+def _router_names(model: nn.Module) -> list[str]:
+    """What may be a router, beside the experts or in the block itself: prefixes of names. Found by shapes alone."""
+    names = []
+    for name, module in model.named_modules():
+        if is_experts(module):
+            block_name, _, own = name.rpartition(".")
+            block = model.get_submodule(block_name)
+            count = next(p for p in module.parameters(recurse=False) if p.dim() == 3).shape[0]
+            for child_name, child in block.named_children():
+                if child_name != own and _could_route(child, count):
+                    names.append(f"{block_name}.{child_name}.")
+            names += [f"{block_name}.{attr}" for _, _, attr in named_tensors(block, recurse=False)]
+    return names or ["no such module"]
+
+
+def _list_of(layers: Sequence[MoELayer]) -> str:
+    """Name of the list of decoder layers. Raises ValueError where the experts lie in none."""
+    numbers = list(re.finditer(r"\.(\d+)(?=\.|$)", layers[0].name))
+    if not numbers:
+        raise ValueError(f"{layers[0].name} lies in no list of decoder layers; open the model with stream=False")
+    return layers[0].name[: numbers[-1].start()]
+
+
+def _adopt_generation_config(model: Any, path: Path) -> None:
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+
+
+COMPANIONS = ("*.jinja", "*.model", "*.txt", "*tokenizer*", "vocab*", "special_tokens_map.json", "*processor*.json")
+"""Files of a checkpoint directory that a pruned one needs as well."""
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for pattern in (*COMPANIONS, "LICENSE*"):
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+class _Ahead:
+    """Reads the next layer in a thread while the current one computes."""
+
+    def __init__(self, weights: Weights):
+        self._weights, self._pool = weights, ThreadPoolExecutor(1)
+        self._reading: Future[None] | None = None
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        self._weights.forget()
+
+    def start(self, groups: Sequence[Group]) -> None:
+        if groups and self._weights.size_of(groups) <= PREFETCH_BYTES:
+            self._reading = self._pool.submit(self._weights.fetch, groups)
+
+    def wait(self, groups: Sequence[Group]) -> None:
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.result()
+
+
+# Running one decoder layer inside the stack's own forward
+
+
+@dataclass
+class _Handed:
+    """What one batch's layers handed on: outputs by layer, and what they wrote into containers they were given.
+
+    Outputs are tensors or tuples of them; only the last layer's is kept, unless a later layer wants more.
+    """
+
+    outputs: dict[int, Any] = field(default_factory=dict)
+    written: dict[int, list[tuple[str, Any, Any]]] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> _Handed:
+        def own(tensor: Tensor) -> Tensor:
+            tensor = tensor.to(device)
+            return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+        move = partial(_each, own)
+        return _Handed(
+            {j: move(out) for j, out in self.outputs.items()},
+            {j: [(arg, key, move(value)) for arg, key, value in entries] for j, entries in self.written.items()},
+        )
+
+
+class _Walk:
+    """Runs the decoder layers of a stack one at a time, for one batch after the other."""
+
+    def __init__(self, stack: nn.Module, decoder: Sequence[nn.Module]):
+        self._stack, self._decoder = stack, decoder
+        self._current = 0
+        self._handed = _Handed()
+        self._out: Any = None
+        self._ran = False
+
+    @contextmanager
+    def at(self, index: int) -> Iterator[None]:
+        """Let decoder layer `index` run; those before it play back, those behind it hand on what it gave."""
+        self._current = index
+        with ExitStack() as undo:
+            for number, module in enumerate(self._decoder):
+                forward = partial(self._play, number)
+                if number == index:
+                    forward = partial(self._run, module.forward)
+                undo.callback(delattr, module, "forward")
+                module.forward = forward  # type: ignore[method-assign]
+            yield
+
+    def run(self, inputs: Mapping[str, Tensor], handed: _Handed) -> _Handed:
+        """One batch: what the layer and those before it hand on."""
+        self._handed, self._out, self._ran = handed, None, False
+        self._stack(**inputs, use_cache=False)
+        if not self._ran:
+            raise RuntimeError(f"{type(self._stack).__name__} did not call its decoder layer {self._current}")
+        outputs = {**handed.outputs, self._current: self._out}
+        self._handed, self._out = _Handed(), None
+        return _Handed(outputs, handed.written)
+
+    def _play(self, number: int, *args: Any, **kwargs: Any) -> Any:
+        if number > self._current:
+            return self._out
+        for argument, key, value in self._handed.written.get(number, ()):
+            kwargs[argument][key] = value
+        outputs = self._handed.outputs
+        return outputs[number] if number in outputs else outputs[max(outputs)]
+
+    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = {name: dict(value) for name, value in kwargs.items() if isinstance(value, dict)}
+        self._out, self._ran = forward(*args, **kwargs), True
+        written = [
+            (name, key, value)
+            for name, known in before.items()
+            for key, value in kwargs[name].items()
+            if key not in known or known[key] is not value
+        ]
+        if written:
+            self._handed = _Handed(self._handed.outputs, {**self._handed.written, self._current: written})
+        return self._out
+
+    def reader_of_more(self, inputs: Mapping[str, Tensor], handed: _Handed) -> int | None:
+        """The first layer whose arguments depend on more than what the layer right before it handed on; else None.
+
+        All layers hand on the same output, then some of them another one. Two different layers differ in a bit of
+        their numbers, so a change in the layers with that bit reveals whether layer n reads one besides n - 1.
+        """
+        (out,) = handed.outputs.values()
+        other = _changed(out)
+        same = self._arguments(inputs, out, other, set())
+        layers = range(len(self._decoder))
+        for bit in range(len(layers).bit_length()):
+            for side in (0, 1):
+                changed = {j for j in layers if j >> bit & 1 == side}
+                seen = self._arguments(inputs, out, other, changed)
+                for number in layers[2:]:
+                    if number - 1 not in changed and seen[number] != same[number]:
+                        return number
+        return None
+
+    def _arguments(self, inputs: Mapping[str, Tensor], out: Any, other: Any, changed: set[int]) -> list[list[float]]:
+        """A digest of what each layer is called with when the layers in `changed` give `other`, the rest `out`."""
+        seen: list[list[float]] = [[] for _ in self._decoder]
+
+        def play(number: int, *args: Any, **kwargs: Any) -> Any:
+            seen[number] = list(_digest([*args, kwargs]))
+            return _copied(other if number in changed else out)
+
+        with ExitStack() as undo:
+            for number, module in enumerate(self._decoder):
+                undo.callback(delattr, module, "forward")
+                module.forward = partial(play, number)  # type: ignore[method-assign]
+            self._stack(**inputs, use_cache=False)
+        return seen
+
+
+def _each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with its tensors changed, also those in tuples and lists."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_each(change, part) for part in value) if isinstance(value, tuple | list) else value
+
+
+_copied = partial(_each, torch.clone)
+_changed = partial(_each, lambda t: 0.25 - 0.5 * t if t.is_floating_point() else t.flip(-1))
+
+
+def _digest(value: Any) -> Iterator[float]:
+    if isinstance(value, Tensor):
+        flat = value.detach().reshape(-1).double().nan_to_num(neginf=-1.0)
+        yield flat.sum().item()
+        yield (flat * torch.linspace(1, 2, len(flat), dtype=torch.float64, device=flat.device)).sum().item()
+    elif isinstance(value, dict | tuple | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _digest(part)
+
+
+# Hidden states between two layers, and what is needed to go on after a kill
+
+
+class _Hidden:
+    """What the layers handed on, by batch: in memory up to `limit` bytes, in files of `directory` beyond.
+
+    While a layer runs, what it reads stays as it is and what it gives is gathered beside it (in memory it takes the
+    place at once); `turn` makes the latter the former.
+    """
+
+    def __init__(self, directory: Path, batches: int, limit: int):
+        self._directory, self._batches, self._limit = directory, batches, limit
+        self._memory: dict[int, _Handed] = {}
+        self._on_disk = limit == 0
+        self.keep_all = False
+        self.generation = 0
+
+    def get(self, place: int, device: torch.device | str) -> _Handed:
+        if self.generation == 0:
+            return _Handed()
+        if not self._on_disk:
+            return self._memory[place].to(device)
+        return _Handed(*torch.load(self._file(self.generation, place), weights_only=True)).to(device)
+
+    def put(self, place: int, handed: _Handed) -> None:
+        last = max(handed.outputs)
+        if not self.keep_all:
+            handed = _Handed({last: handed.outputs[last]}, handed.written)
+        handed = handed.to("cpu")
+        if self.generation == 0 and place == 0:
+            self._on_disk = self._on_disk or _bytes(handed) * self._batches > self._limit
+        if self._on_disk:
+            file = self._file(self.generation + 1, place)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save((handed.outputs, handed.written), file)
+        else:
+            self._memory[place] = handed
+
+    def turn(self) -> None:
+        self.generation += 1
+
+    def clear(self, *, but: int) -> None:
+        """Delete the files of all generations but one."""
+        for old in self._directory.glob("hidden-*"):
+            if old.name != f"hidden-{but}":
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _file(self, generation: int, place: int) -> Path:
+        return self._directory / f"hidden-{generation}" / f"{place}.pt"
+
+
+def _bytes(handed: _Handed) -> int:
+    def size(value: Any) -> int:
+        if isinstance(value, Tensor):
+            return value.nbytes
+        return sum(map(size, value)) if isinstance(value, tuple | list) else 0
+
+    return sum(size(out) for out in handed.outputs.values())
+
+
+class _Progress:
+    """The state of an observation in a directory: fingerprint, next layer, observers.
+
+    Everything of a finished layer is written beside what is there; replacing `progress.json` makes it count.
+
+    Raises ValueError where the directory holds another observation.
+    """
+
+    def __init__(self, directory: Path, fingerprint: dict[str, Any]):
+        self._directory, self._fingerprint = directory, json.loads(json.dumps(fingerprint))
+        self._file = directory / "progress.json"
+        directory.mkdir(parents=True, exist_ok=True)
+        if not self._file.is_file() and any(f for f in directory.iterdir() if not _ours(f)):
+            raise ValueError(f"{directory} holds other files; give work= a directory of its own")
+        self._found: dict[str, Any] = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        known = self._found.get("fingerprint", self._fingerprint)
+        differs = [name for name, value in self._fingerprint.items() if known.get(name) != value]
+        if differs:
+            raise ValueError(
+                f"{directory} holds an observation with other {' and '.join(differs)}; "
+                "give work= another directory, or delete this one"
+            )
+
+    def resume(self, observers: Sequence[Observer], hidden: _Hidden) -> int:
+        """Bring observers to where they were; returns the layer to go on with."""
+        if not self._found:
+            hidden.clear(but=0)
+            try:
+                pickle.dumps(observers)
+            except Exception as e:
+                raise ValueError(f"work= must keep the observers, and one of them cannot be pickled: {e}") from e
+            return 0
+        with open(self._directory / self._found["observers"], "rb") as file:
+            for mine, stored in zip(observers, pickle.load(file), strict=True):
+                vars(mine).clear()
+                vars(mine).update(vars(stored))
+        hidden.generation, hidden.keep_all = self._found["layer"], self._found["keep_all"]
+        return int(self._found["layer"])
+
+    def commit(self, layer: int, observers: Sequence[Observer], hidden: _Hidden) -> None:
+        """Make what has been observed up to `layer` (exclusive) count."""
+        name = f"observers-{layer}.pickle"
+        with open(self._directory / name, "wb") as file:
+            pickle.dump(list(observers), file)
+            file.flush()
+            os.fsync(file.fileno())
+        state = {"layer": layer, "observers": name, "keep_all": hidden.keep_all, "fingerprint": self._fingerprint}
+        half = self._file.with_suffix(".tmp")
+        half.write_text(json.dumps(state))
+        os.replace(half, self._file)
+        hidden.clear(but=layer)
+        for old in self._directory.glob("observers-*.pickle"):
+            if old.name != name:
+                old.unlink()
+
+
+def _ours(file: Path) -> bool:
+    return re.fullmatch(r"hidden-\d+|observers-\d+\.pickle|progress\.tmp", file.name) is not None
