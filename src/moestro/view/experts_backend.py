@@ -1,32 +1,32 @@
-"""The `moestro` experts backend of transformers: every expert of a layer in a few batched matrix products.
+"""The `moestro` experts backend of transformers: all experts of a layer in a few batched matrix products.
 
 For token n and its slot k with expert e = indices[n, k]:
 
     u[n, k] = hidden[n] @ up[e] + up_bias[e]
     a[n, k] = gate(u[n, k])                              e.g. SwiGLU: silu(u_gate) * u_up
     y[n, k] = norm(a[n, k] @ down[e] + down_bias[e])     bias and norm where the family has them
-    out[n]  = sum over k of weights[n, k] * y[n, k]      fp32 sum
+    out[n]  = sum over k of weights[n, k] * y[n, k]      summed in fp32
 
 Steps on CPU:
-1. Sort the slots by expert, once. Neighbouring experts that serve a similar number of tokens form a *group*; its
-   experts are padded to one capacity C. Each (expert, place) is a *row*; rows of all groups make one buffer.
-2. Per group: gather the tokens [G, C, H], one batched product up, the gate, one batched product down. All of a
-   group's intermediates stay in the cache.
+1. Sort the slots by expert, once. Neighbouring experts that serve similar numbers of tokens form a *group*: they are
+   padded to one capacity C and share one batched product. The rows of all groups make one buffer.
+2. For a *chunk* of groups that fits the cache: gather the tokens, product up, gate, product down.
 3. Combine: every token adds up its K rows, weighted, without an intermediate [N, K, H].
-4. Backward takes the same steps by hand. It writes each expert's weight gradient straight into its place (autograd
-   over slices would fill and add one full-size tensor per expert), and it gets the gate weights' gradient from
-   a . (grad_out @ down^T), so y is neither kept nor recomputed.
+4. The backward takes the same steps by hand. It writes each expert's weight gradient straight into its place
+   (autograd over slices would fill and add one full-size tensor per expert), and it takes the gradient of the gate
+   weights from a . (grad_out @ down^T), so that y is neither kept nor recomputed.
 
-Elsewhere (GPU) the same layer is written with torch's grouped matrix product and autograd.
+A few slots (decoding) are computed one by one. On other devices the layer is written with torch's grouped matrix
+product and autograd.
 
 Shapes: N tokens, K slots per token, S slots that have an expert (N*K without sentinels), E experts, H hidden,
-I expert width, U = 2I (gated) or I, P rows in the buffer, G experts in a group, C rows per expert of a group.
-Weights are handled as [E, in, out] views, whichever way the family stores them.
+I expert width, U = 2I (gated) or I; P rows of the buffer, R rows of a chunk, G experts of a group, C rows of each.
+Expert weights are handled as views [E, in, out], whichever way a family stores them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,16 +34,23 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _can_use_grouped_mm, _default_apply_gate
 
 # token [S], slot [S], outputs [S, H]: outputs before gate weights, sorted by expert, sentinels left out.
 OnOutputs = Callable[[Tensor, Tensor, Tensor], None]
 
-# Experts share a batched product while padding adds at most this share of rows.
-MAX_PADDING = 0.25
-MAX_GROUP = 8
-# Rows of one group: bounds what is in flight, so that a group's intermediates stay in the last-level cache.
-MAX_GROUP_ROWS = 4096
+# Up to this many slots are computed one by one: sorting would take longer than it saves.
+FEW_SLOTS = 16
+# Hidden rows of one chunk; with its other intermediates it fits the last-level cache.
+CHUNK_BYTES = 4 << 20
+# Per-slot outputs that a forward without gradients holds at a time (it takes the tokens in blocks), and rows handed
+# to `on_outputs` at a time.
+OUTPUT_BYTES = 256 << 20
+CALLBACK_ROWS = 4096
+# Overhead of one matrix product, in multiply-adds that would take as long (about 20 microseconds), and what a
+# product of one expert loses against a batch that every thread takes an equal part of.
+CALL_COST = {2: 4_000_000, 4: 1_000_000, 8: 500_000}  # by bytes per element
+SINGLE_PENALTY = 1.1
 
 
 def experts_forward(
@@ -57,16 +64,24 @@ def experts_forward(
     """Output of an experts module; `on_outputs` sees each slot's output before it is weighted.
 
     Slots with an index >= num_experts are sentinels: they add nothing, and their weight gets a zero gradient.
-    `on_outputs(token [S], slot [S], outputs [S, H])` is called once or several times per forward with detached
-    tensors in expert order; gradient checkpointing runs a forward, and so the calls, twice.
+    `on_outputs(token [S], slot [S], outputs [S, H])` is called any number of times per forward, each time with
+    detached tensors in expert order. Gradient checkpointing runs a forward, and so these calls, twice.
     """
-    family = _family(module, hidden)
-    forward = _forward_groups if hidden.device.type == "cpu" else _forward_grouped_mm
+    family = _read_family(module, hidden)
+    if hidden.device.type != "cpu":
+        forward = _forward_grouped_mm
+    elif indices.numel() <= FEW_SLOTS and not _wants_gradients(family, hidden, weights):
+        forward = _forward_slots
+    else:
+        forward = _forward_groups
     with torch.autocast(hidden.device.type, enabled=False):
         return forward(family, hidden, indices, weights, on_outputs)
 
 
-def moestro_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
+@torch.compiler.disable  # how many tokens an expert serves decides about shapes: compiled models break the graph here
+def moestro_experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """The form in which transformers calls an experts backend."""
     return experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
@@ -74,7 +89,7 @@ def moestro_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index:
 ALL_EXPERTS_FUNCTIONS.register("moestro", moestro_experts_forward)
 
 
-# --- what a family's experts module says about itself ---------------------------------------------------------------
+# --- what an experts module says about its family -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -85,12 +100,12 @@ class _Family:
     down_bias: Tensor | None  # [E, H]
     gate: Callable[[Tensor], Tensor]  # [..., U] -> [..., I]
     norm: Callable[[Tensor], Tensor] | None
-    is_swiglu: bool
+    is_swiglu: bool  # gate is transformers' default one with SiLU: done by hand
     others: tuple[Tensor, ...]  # parameters of gate and norm
     dtype: torch.dtype  # of the matrix products
 
 
-def _family(module: Any, hidden: Tensor) -> _Family:
+def _read_family(module: Any, hidden: Tensor) -> _Family:
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = getattr(module, up_name), module.down_proj
     up_bias = getattr(module, f"{up_name}_bias") if module.has_bias else None
@@ -112,267 +127,373 @@ def _family(module: Any, hidden: Tensor) -> _Family:
     )
 
 
-# --- CPU: groups of experts -----------------------------------------------------------------------------------------
+def _inputs(family: _Family, hidden: Tensor, weights: Tensor) -> tuple[Tensor | None, ...]:
+    return (hidden, weights, family.up, family.down, family.up_bias, family.down_bias, *family.others)
+
+
+def _wants_gradients(family: _Family, hidden: Tensor, weights: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in _inputs(family, hidden, weights))
+
+
+# --- CPU: which rows and which products -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Experts lo..hi-1, C rows each, at rows start..stop-1; their slots are slots.start..slots.stop-1 in order."""
+    """Experts lo..hi-1, C rows each, at rows start..stop-1 of the buffer."""
 
     lo: int
     hi: int
     start: int
     stop: int
-    slots: slice
 
-    def view(self, rows: Tensor) -> Tensor:
-        """This group's part of a tensor over rows, as [G, C, ...]."""
-        return rows[self.start : self.stop].unflatten(0, (self.hi - self.lo, -1))
+    @property
+    def experts(self) -> slice:
+        return slice(self.lo, self.hi)
+
+    def of(self, rows: Tensor, first: int) -> Tensor:
+        """[G, C, ...] of this group, from a tensor over rows that begins at row `first` of the buffer."""
+        return rows[self.start - first : self.stop - first].unflatten(0, (self.hi - self.lo, -1))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    groups: list[_Group]
-    order: Tensor  # [S] flat slot n*K+k of each sorted slot
+    chunks: list[list[_Group]]
+    order: Tensor  # [S] flat slot n*K+k of each slot, in expert order
     row: Tensor  # [S] its row
     token: Tensor  # [P] token of each row; a padding row repeats a token of its expert, with weight zero
     place: Tensor  # [N, K] row of each slot; P for a sentinel
 
 
-def _capacity(count: int) -> int:
-    """Rows reserved for `count` tokens.
+def _plan(indices: Int[Tensor, "n k"], family: _Family) -> _Plan:
+    n, k = indices.shape
+    num_experts, h, _ = family.up.shape
+    flat = indices.reshape(-1)
+    counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
 
-    Rounded to few distinct values: oneDNN compiles a kernel for each new shape, which takes longer than running it.
+    chunks: list[list[_Group]] = []
+    starts, capacities = [0] * num_experts, [0] * num_experts
+    rows = 0
+    for lo, hi, capacity in _cheapest_groups(counts, family):
+        group = _Group(lo, hi, rows, rows + (hi - lo) * capacity)
+        for e in range(lo, hi):
+            starts[e], capacities[e] = rows, capacity
+            rows += capacity
+        if chunks and (group.stop - chunks[-1][0].start) * h * family.dtype.itemsize <= CHUNK_BYTES:
+            chunks[-1].append(group)
+        else:
+            chunks.append([group])
+
+    count = torch.tensor(counts)
+    end = count.cumsum(0)
+    order = flat.argsort(stable=True)[: int(end[-1])]
+    row = torch.arange(len(order)) + (torch.tensor(starts) - end + count).repeat_interleave(count)
+    slot_token = order // max(k, 1)
+    token = slot_token[(end - 1).repeat_interleave(torch.tensor(capacities))]
+    token[row] = slot_token
+    place = torch.full((n * k,), rows)
+    place[order] = row
+    return _Plan(chunks, order, row, token, place.view(n, k))
+
+
+def _cheapest_groups(counts: list[int], family: _Family) -> list[tuple[int, int, int]]:
+    """(lo, hi, capacity) of groups that cover the experts with tokens, at the least estimated cost.
+
+    Candidates are the nodes of a binary tree over the experts: sizes are powers of two, so that shapes are few.
+    A node costs its rows G * C and one call; it is split where its two halves cost less.
     """
+    _, h, u = family.up.shape
+    call = CALL_COST[family.dtype.itemsize] / (h * u)
+    nodes = []  # cost, capacity (0: cannot grow), groups
+    for e, count in enumerate(counts):
+        capacity = _capacity(count, family.dtype)
+        nodes.append((SINGLE_PENALTY * capacity + call, capacity, [(e, e + 1, capacity)]) if count else (0.0, 0, []))
+    size = 1
+    while len(nodes) > 1:
+        size *= 2
+        if len(nodes) % 2:
+            nodes.append((0.0, 0, []))
+        halves, nodes = nodes, []
+        for (cost_l, capacity_l, groups_l), (cost_r, capacity_r, groups_r) in zip(halves[::2], halves[1::2]):
+            capacity, lo = max(capacity_l, capacity_r), len(nodes) * size
+            if capacity_l and capacity_r and size * capacity + call < cost_l + cost_r:
+                nodes.append((size * capacity + call, capacity, [(lo, lo + size, capacity)]))
+            else:
+                nodes.append((cost_l + cost_r, 0, groups_l + groups_r))
+    return nodes[0][2]
+
+
+def _capacity(count: int, dtype: torch.dtype) -> int:
+    """Rows for `count` tokens.
+
+    In 16-bit types one of few values: oneDNN compiles a kernel for every new shape, which takes longer than to run it.
+    """
+    if dtype.itemsize > 2:
+        return count
+    if count <= 16:
+        return 1 << (count - 1).bit_length() if count else 0
     step = 16
-    while count > 8 * step:
+    while count > 32 * step:
         step *= 2
     return -(-count // step) * step
 
 
-def _grouped(counts: list[int], lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
-    """(lo, hi, capacity) of groups that cover the experts lo..hi-1 which have tokens."""
-    capacity, total = _capacity(max(counts[lo:hi])), sum(counts[lo:hi])
-    if total == 0:
-        return
-    rows = (hi - lo) * capacity
-    if hi - lo == 1 or (hi - lo <= MAX_GROUP and rows <= MAX_GROUP_ROWS and rows <= (1 + MAX_PADDING) * total):
-        yield lo, hi, capacity
-        return
-    # Halving, not cutting at the best place: sizes stay 1, 2, 4, 8 and shapes few.
-    middle = lo + (1 << (hi - lo - 1).bit_length() - 1)
-    yield from _grouped(counts, lo, middle)
-    yield from _grouped(counts, middle, hi)
-
-
-def _plan(indices: Tensor, num_experts: int) -> _Plan:
-    n, k = indices.shape
-    flat = indices.reshape(-1)
-    counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
-    groups, row_of_expert, capacities = [], [0] * num_experts, [0] * num_experts
-    ends = [0]
-    for count in counts:
-        ends.append(ends[-1] + count)
-    rows = 0
-    for lo, hi, capacity in _grouped(counts, 0, num_experts) if ends[-1] else ():
-        groups.append(_Group(lo, hi, rows, rows + (hi - lo) * capacity, slice(ends[lo], ends[hi])))
-        for e in range(lo, hi):
-            row_of_expert[e], capacities[e] = rows, capacity
-            rows += capacity
-    order = flat.argsort(stable=True)[: ends[-1]]
-    shift = torch.tensor([r - s for r, s in zip(row_of_expert, ends)])
-    row = torch.arange(ends[-1]) + shift.repeat_interleave(torch.tensor(counts))
-    slot_token = order // k if k else order
-    first = torch.tensor([min(s, ends[-1] - 1) for s in ends[:-1]])
-    token = slot_token[first.repeat_interleave(torch.tensor(capacities))] if rows else slot_token
-    token[row] = slot_token
-    place = torch.full((n * k,), rows)
-    place[order] = row
-    return _Plan(groups, order, row, token, place.view(n, k))
+# --- CPU: forward and backward over chunks --------------------------------------------------------------------------
 
 
 def _forward_groups(
     family: _Family, hidden: Tensor, indices: Tensor, weights: Tensor, on_outputs: OnOutputs | None
 ) -> Tensor:
-    inputs = (hidden, weights, family.up, family.down, family.up_bias, family.down_bias, *family.others)
-    plan = _plan(indices, family.up.shape[0])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Experts.apply(family, plan, on_outputs, *inputs)
-    return _run_groups(family, plan, hidden, weights, on_outputs, None)
+    if _wants_gradients(family, hidden, weights):
+        plan = _plan(indices, family)
+        return _Experts.apply(family, plan, on_outputs, *_inputs(family, hidden, weights))
+    n, k = indices.shape
+    block = max(1, OUTPUT_BYTES // (max(k, 1) * hidden.shape[1] * family.dtype.itemsize))
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    for lo in range(0, n, block):
+        tokens = slice(lo, lo + block)
+
+        def report(token: Tensor, slot: Tensor, outputs: Tensor, lo: int = lo) -> None:
+            if on_outputs is not None:
+                on_outputs(token + lo, slot, outputs)
+
+        plan = _plan(indices[tokens], family)
+        out[tokens] = _run_chunks(
+            family, plan, hidden[tokens], weights[tokens], report if on_outputs is not None else None
+        )
+    return out
 
 
-def _run_groups(
-    family: _Family, plan: _Plan, hidden: Tensor, weights: Tensor, on_outputs: OnOutputs | None, kept: Tensor | None
+def _run_chunks(
+    family: _Family,
+    plan: _Plan,
+    hidden: Tensor,
+    weights: Tensor,
+    on_outputs: OnOutputs | None,
+    kept_u: Float[Tensor, "p u"] | None = None,
 ) -> Tensor:
-    """Forward over the groups; `kept` [P, U], if given, receives the up-projections for the backward."""
+    """The forward; `kept_u` receives the up-projections that the backward needs."""
     rows, k, dtype = len(plan.token), weights.shape[1], family.dtype
-    x = hidden.to(dtype)
-    y = torch.empty(rows + 1, hidden.shape[1], dtype=dtype)
-    y[rows] = 0  # what sentinels add
-    for group in plan.groups:
-        experts = slice(group.lo, group.hi)
-        up, down = family.up[experts].to(dtype), family.down[experts].to(dtype)
-        u = _product(_gather(x, group.view(plan.token)), up, None if kept is None else group.view(kept))
-        if family.up_bias is not None:
-            u += family.up_bias[experts, None]
-        a = _swiglu(u) if family.is_swiglu else family.gate(u)
-        out = _product(a, down, group.view(y))
-        if family.down_bias is not None:
-            out += family.down_bias[experts, None]
+    tokens = hidden.to(dtype)
+    y_all = torch.empty(rows + 1, hidden.shape[1], dtype=dtype)
+    y_all[rows] = 0  # a sentinel's output
+    for chunk in plan.chunks:
+        first, stop = chunk[0].start, chunk[-1].stop
+        x = tokens.index_select(0, plan.token[first:stop])
+        u = kept_u[first:stop] if kept_u is not None else x.new_empty(len(x), family.up.shape[2])
+        for group in chunk:
+            _linear(group, first, x, family.up, family.up_bias, out=u)
+        a = _swiglu(u)[0] if family.is_swiglu else family.gate(u)
+        y = y_all[first:stop]
+        for group in chunk:
+            _linear(group, first, a, family.down, family.down_bias, out=y)
         if family.norm is not None:
-            out.copy_(family.norm(out))
-        if on_outputs is not None:
-            slots = plan.order[group.slots]
-            on_outputs(slots // k, slots % k, y[plan.row[group.slots]])
-    return _combine(y, plan.place, weights).to(hidden.dtype)
+            y.copy_(family.norm(y))
+    if on_outputs is not None:
+        for slots, row in zip(plan.order.split(CALLBACK_ROWS), plan.row.split(CALLBACK_ROWS)):
+            on_outputs(slots // k, slots % k, y_all.index_select(0, row))
+    return _combine(y_all, plan.place, weights).to(hidden.dtype)
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, family, plan, on_outputs, hidden, weights, up, down, up_bias, down_bias, *others):
-        u = torch.empty(len(plan.token), up.shape[2], dtype=family.dtype)
-        out = _run_groups(family, plan, hidden, weights, on_outputs, u)
-        ctx.save_for_backward(hidden, weights, u, up, down, up_bias, down_bias, *others)
+        kept_u = torch.empty(len(plan.token), up.shape[2], dtype=family.dtype)
+        out = _run_chunks(family, plan, hidden, weights, on_outputs, kept_u)
+        ctx.save_for_backward(hidden, weights, kept_u, up, down, up_bias, down_bias, *others)
         ctx.family, ctx.plan = family, plan
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        hidden, weights, u_all, up, down, up_bias, down_bias, *others = ctx.saved_tensors
-        family, plan, dtype = ctx.family, ctx.plan, ctx.family.dtype
+        hidden, weights, kept_u, up, down, up_bias, down_bias, *others = ctx.saved_tensors
+        family, plan, dtype, rows = ctx.family, ctx.plan, ctx.family.dtype, len(ctx.plan.token)
         need_hidden, need_weights, need_up, need_down, need_up_bias, need_down_bias, *need_others = (
             ctx.needs_input_grad[3:]
         )
-        rows = len(plan.token)
-        x, g_out = hidden.to(dtype), grad_out.to(dtype)
-        # Padding rows carry gate weight zero, and so add nothing to any gradient.
-        gate_weight = weights.new_zeros(rows)
-        gate_weight[plan.row] = weights.reshape(-1)[plan.order]
+        need_u = need_hidden or need_up or need_up_bias or any(need_others)
+        tokens, grads = hidden.to(dtype), grad_out.to(dtype)
+        # Gate weights per row. Padding has zero, and so adds nothing to any gradient.
+        w_all = torch.zeros(rows, 1, dtype=dtype)
+        w_all[plan.row, 0] = weights.reshape(-1)[plan.order].to(dtype)
 
-        d_x = torch.empty(rows + 1, x.shape[1], dtype=dtype) if need_hidden else None
-        d_gate_weight = weights.new_zeros(rows + 1)
-        d_up, d_down = _weight_grad(up, need_up, plan), _weight_grad(down, need_down, plan)
-        d_up_bias, d_down_bias = (
-            _weight_grad(up_bias, need_up_bias, plan),
-            _weight_grad(down_bias, need_down_bias, plan),
-        )
-        d_others: list[Tensor | None] = [torch.zeros_like(p) if need else None for p, need in zip(others, need_others)]
+        d_x = torch.empty(rows + 1, hidden.shape[1], dtype=dtype) if need_hidden else None
+        d_w = torch.zeros(rows + 1, dtype=weights.dtype)
+        d_up = _room_for_gradient(up, plan) if need_up else None
+        d_down = _room_for_gradient(down, plan) if need_down else None
+        d_up_bias = torch.zeros_like(up_bias) if need_up_bias else None
+        d_down_bias = torch.zeros_like(down_bias) if need_down_bias else None
+        d_others = [torch.zeros_like(p) if need else None for p, need in zip(others, need_others)]
 
-        for group in plan.groups:
-            experts = slice(group.lo, group.hi)
-            token, w = group.view(plan.token), group.view(gate_weight)[..., None].to(dtype)
-            u, g = group.view(u_all), _gather(g_out, token)
-            a = _swiglu(u) if family.is_swiglu else family.gate(u)
-            w_down = down[experts].to(dtype)
+        for chunk in plan.chunks:
+            first, stop = chunk[0].start, chunk[-1].stop
+            token, w, u = plan.token[first:stop], w_all[first:stop], kept_u[first:stop]
+            g = grads.index_select(0, token)
+            a, pull_gate = _swiglu(u) if family.is_swiglu else _with_pullback(family.gate, u, others, d_others)
+
             if family.norm is not None:
-                y = torch.bmm(a, w_down)
+                y = torch.empty_like(g)
+                for group in chunk:
+                    _linear(group, first, a, down, down_bias, out=y)
+                y, pull_norm = _with_pullback(family.norm, y, others, d_others)
+                d_w[first:stop] = (y * g).sum(-1)
+                g, w = pull_norm(g * w), torch.ones_like(w)
+
+            # g is still without the gate weight w, so that g @ down^T also gives the gradient of w.
+            d_a = torch.empty_like(a)
+            for group in chunk:
+                _linear(group, first, g, down.transpose(1, 2), None, out=d_a)
+            if family.norm is None:
+                d_w[first:stop] = (a * d_a).sum(-1, dtype=d_w.dtype)
                 if down_bias is not None:
-                    y += down_bias[experts, None]
-                group.view(d_gate_weight)[:] = (family.norm(y) * g).sum(-1)
-                g = _vjp(family.norm, y, others, g * w, d_others)
-                w = torch.ones_like(w)
-                d_a = torch.bmm(g, w_down.transpose(1, 2))
-            else:
-                d_a = torch.bmm(g, w_down.transpose(1, 2))
-                d_w = (a * d_a).sum(-1, dtype=gate_weight.dtype)
-                if down_bias is not None:
-                    d_w += torch.bmm(g, down_bias[experts, :, None].to(dtype))[..., 0]
-                group.view(d_gate_weight)[:] = d_w
-            if d_down is not None:
-                _product_into(d_down[experts], (a * w).transpose(1, 2), g)
-            if d_down_bias is not None:
-                d_down_bias[experts] = torch.bmm(w.transpose(1, 2), g)[:, 0]
-            if not (need_hidden or need_up or need_up_bias or any(need_others)):
-                continue
+                    g_bias = torch.empty_like(w)
+                    for group in chunk:
+                        _linear(group, first, g, down_bias[..., None], None, out=g_bias)
+                    d_w[first:stop] += g_bias[:, 0]
             d_a *= w
-            d_u = _swiglu_vjp(u, d_a) if family.is_swiglu else _vjp(family.gate, u, others, d_a, d_others)
+            if d_down is not None:
+                a = a * w
+                for group in chunk:
+                    _weight_gradient(group, first, a, g, out=d_down)
+            if d_down_bias is not None:
+                for group in chunk:
+                    _weight_gradient(group, first, w, g, out=d_down_bias[:, None])
+
+            if not need_u:
+                continue
+            d_u = pull_gate(d_a)
             if d_up is not None:
-                _product_into(d_up[experts], _gather(x, token).transpose(1, 2), d_u)
+                x = tokens.index_select(0, token)
+                for group in chunk:
+                    _weight_gradient(group, first, x, d_u, out=d_up)
             if d_up_bias is not None:
-                d_up_bias[experts] = d_u.sum(1)
+                ones = torch.ones_like(w)
+                for group in chunk:
+                    _weight_gradient(group, first, ones, d_u, out=d_up_bias[:, None])
             if d_x is not None:
-                _product(d_u, up[experts].to(dtype).transpose(1, 2), group.view(d_x))
+                for group in chunk:
+                    _linear(group, first, d_u, up.transpose(1, 2), None, out=d_x[first:stop])
 
         d_hidden = None
         if d_x is not None:
             d_x[rows] = 0
             d_hidden = _combine(d_x, plan.place, None).to(hidden.dtype)
-        d_weights = d_gate_weight[plan.place] if need_weights else None
+        d_weights = d_w[plan.place] if need_weights else None
         return None, None, None, d_hidden, d_weights, d_up, d_down, d_up_bias, d_down_bias, *d_others
 
 
-# --- the parts ------------------------------------------------------------------------------------------------------
+def _linear(group: _Group, first: int, x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+    """out = x @ weight[e] + bias[e] for the rows of a group; `x` and `out` begin at row `first` of the buffer."""
+    y = group.of(out, first)
+    torch.bmm(group.of(x, first), weight[group.experts].to(x.dtype), out=y)
+    if bias is not None:
+        y += bias[group.experts, None]
 
 
-def _gather(tokens: Float[Tensor, "n h"], token: Int[Tensor, "g c"]) -> Float[Tensor, "g c h"]:
-    return tokens.index_select(0, token.reshape(-1)).view(*token.shape, -1)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
-
-
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out[g] = a[g] @ b[g], written in place, for either storage order and any dtype of `out`."""
-    if out.dtype != a.dtype:
-        out.copy_(torch.bmm(a, b))
+def _weight_gradient(group: _Group, first: int, x: Tensor, d_y: Tensor, *, out: Float[Tensor, "e i o"]) -> None:
+    """out[e] = x^T @ d_y over the rows of each expert. A bias is the weight of an input that is always one."""
+    x, d_y, out = group.of(x, first), group.of(d_y, first), out[group.experts]
+    if out.dtype != x.dtype:  # autocast: products in 16 bit, gradients as wide as the parameter
+        out.copy_(torch.bmm(x.transpose(1, 2), d_y))
     elif out.is_contiguous():
-        torch.bmm(a, b, out=out)
-    else:
-        torch.bmm(b.transpose(1, 2), a.transpose(1, 2), out=out.transpose(1, 2))
+        torch.bmm(x.transpose(1, 2), d_y, out=out)
+    else:  # `out` is the transpose of what is stored
+        torch.bmm(d_y.transpose(1, 2), x, out=out.transpose(1, 2))
 
 
-def _combine(y: Float[Tensor, "p h"], place: Int[Tensor, "n k"], weights: Float[Tensor, "n k"] | None) -> Tensor:
-    """sum over k of weights[n, k] * y[place[n, k]], accumulated in fp32 (or fp64)."""
-    n, k = place.shape
-    if n == 0 or k == 0:
-        return y.new_zeros(n, y.shape[1])
-    if weights is not None:
-        # A sentinel's weight may be anything, also NaN.
-        weights = weights.masked_fill(place == len(y) - 1, 0).to(y.dtype)
-    return F.embedding_bag(place, y, mode="sum", per_sample_weights=weights)
-
-
-def _weight_grad(weight: Tensor | None, needed: bool, plan: _Plan) -> Tensor | None:
-    """Room for a weight's gradient; only experts without tokens need zeros, the others are written whole."""
-    if weight is None or not needed:
-        return None
-    grad = torch.empty_like(weight)
-    end = 0
-    for group in [*plan.groups, None]:
-        grad[end : group.lo if group else len(grad)].zero_()
-        end = group.hi if group else end
+def _room_for_gradient(weight: Tensor, plan: _Plan) -> Tensor:
+    """Only experts without tokens need zeros: the products write all others."""
+    grad, end = torch.empty_like(weight), 0
+    for group in (group for chunk in plan.chunks for group in chunk):
+        grad[end : group.lo].zero_()
+        end = group.hi
+    grad[end:].zero_()
     return grad
 
 
-def _swiglu(u: Tensor) -> Tensor:
+def _combine(y: Float[Tensor, "p h"], place: Int[Tensor, "n k"], weights: Float[Tensor, "n k"] | None) -> Tensor:
+    """sum over k of weights[n, k] * y[place[n, k]]; y's last row is the zero of the sentinels."""
+    if place.numel() == 0:
+        return y.new_zeros(len(place), y.shape[1])
+    if weights is not None:
+        # A sentinel adds nothing, whatever its weight (also NaN).
+        weights = weights.masked_fill(place == len(y) - 1, 0).to(y.dtype)
+    # Sums in fp32 also for 16-bit types, and never holds [N, K, H].
+    return F.embedding_bag(place, y, mode="sum", per_sample_weights=weights)
+
+
+# --- gates, forward and pulled back ---------------------------------------------------------------------------------
+
+Pullback = Callable[[Tensor], Tensor]
+
+
+def _swiglu(u: Float[Tensor, "r u"]) -> tuple[Float[Tensor, "r i"], Pullback]:
     gate, up = u.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    gate = gate.contiguous()  # SiLU over short strided rows takes three times as long
+    silu = F.silu(gate)
+
+    def pull(grad: Tensor) -> Tensor:
+        d_u = torch.empty_like(u)
+        d_gate, d_up = d_u.chunk(2, dim=-1)
+        torch.mul(grad, silu, out=d_up)
+        d_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return d_u
+
+    return silu * up, pull
 
 
-def _swiglu_vjp(u: Tensor, grad: Tensor) -> Tensor:
-    gate, up = u.chunk(2, dim=-1)
-    d_u = torch.empty_like(u)
-    d_gate, d_up = d_u.chunk(2, dim=-1)
-    torch.mul(grad, F.silu(gate), out=d_up)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
-    return d_u
-
-
-def _vjp(fn: Callable[[Tensor], Tensor], x: Tensor, params: list, grad: Tensor, d_params: list) -> Tensor:
-    """Gradient of fn at x; adds the parameters' gradients to `d_params` where one is wanted."""
+def _with_pullback(
+    fn: Callable[[Tensor], Tensor], x: Tensor, params: list[Tensor], d_params: list[Tensor | None]
+) -> tuple[Tensor, Pullback]:
+    """fn(x) by autograd. The pullback adds to the gradients in `d_params` of those parameters that want one."""
+    wanted = [(p, d) for p, d in zip(params, d_params) if d is not None]
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        wanted = [i for i, d in enumerate(d_params) if d is not None]
-        d_x, *ds = torch.autograd.grad(fn(x), [x, *(params[i] for i in wanted)], grad, allow_unused=True)
-    for i, d in zip(wanted, ds):
-        if d is not None:
-            d_params[i] += d
-    return d_x
+        y = fn(x)
+
+    def pull(grad: Tensor) -> Tensor:
+        d_x, *more = torch.autograd.grad(y, [x, *(p for p, _ in wanted)], grad, allow_unused=True)
+        for (_, d), d_more in zip(wanted, more):
+            if d_more is not None:
+                d += d_more
+        return d_x
+
+    return y.detach(), pull
 
 
-# --- GPU: torch's grouped matrix product ----------------------------------------------------------------------------
+# --- CPU: a few slots -----------------------------------------------------------------------------------------------
+
+
+def _forward_slots(
+    family: _Family, hidden: Tensor, indices: Tensor, weights: Tensor, on_outputs: OnOutputs | None
+) -> Tensor:
+    """One slot after the other: reads each expert's weights where they are."""
+    k, num_experts = indices.shape[1], len(family.up)
+    tokens = hidden.to(family.dtype)
+    slots = [(e, s) for s, e in enumerate(indices.flatten().tolist()) if e < num_experts]
+    if on_outputs is not None:
+        slots.sort()
+    out = torch.zeros(hidden.shape, dtype=torch.promote_types(family.dtype, torch.float32))
+    outputs = []
+    for e, s in slots:
+        u = tokens[s // k, None] @ family.up[e].to(family.dtype)
+        if family.up_bias is not None:
+            u += family.up_bias[e]
+        y = family.gate(u) @ family.down[e].to(family.dtype)
+        if family.down_bias is not None:
+            y += family.down_bias[e]
+        if family.norm is not None:
+            y = family.norm(y)
+        out[s // k].addcmul_(y[0], weights[s // k, s % k])
+        outputs.append(y)
+    if on_outputs is not None and outputs:
+        slot = torch.tensor([s for _, s in slots])
+        on_outputs(slot // k, slot % k, torch.cat(outputs))
+    return out.to(hidden.dtype)
+
+
+# --- other devices: torch's grouped matrix product ----------------------------------------------------------------
 
 
 def _forward_grouped_mm(
@@ -386,14 +507,15 @@ def _forward_grouped_mm(
     # Rows past offsets[-1] belong to sentinels: the kernel leaves them unwritten, so they are masked on both sides.
     sentinel = (sorted_experts == num_experts)[:, None]
     expert = sorted_experts.clamp(max=num_experts - 1)
+    wide = torch.promote_types(family.dtype, torch.float32)  # sums over slots and over a bias's rows
 
     x = hidden.to(family.dtype)[order // k].masked_fill(sentinel, 0)
-    u = F.grouped_mm(x, family.up.to(family.dtype), offs=offsets).masked_fill(sentinel, 0)
+    u = _grouped_mm(x, family.up.to(family.dtype), offsets).masked_fill(sentinel, 0)
     if family.up_bias is not None:
-        u = u + family.up_bias.to(u.dtype)[expert]
-    y = F.grouped_mm(family.gate(u), family.down.to(family.dtype), offs=offsets).masked_fill(sentinel, 0)
+        u = u + family.up_bias.to(wide)[expert].to(u.dtype)
+    y = _grouped_mm(family.gate(u), family.down.to(family.dtype), offsets).masked_fill(sentinel, 0)
     if family.down_bias is not None:
-        y = y + family.down_bias.to(y.dtype)[expert]
+        y = y + family.down_bias.to(wide)[expert].to(y.dtype)
     if family.norm is not None:
         y = family.norm(y)
     if on_outputs is not None:
@@ -401,5 +523,13 @@ def _forward_grouped_mm(
         on_outputs(slots // k, slots % k, y.detach()[: len(slots)])
     gated = y.masked_fill(sentinel, 0) * weights.reshape(-1)[order, None].masked_fill(sentinel, 0)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    out = gated[place].view(*indices.shape, -1).sum(1, dtype=torch.promote_types(gated.dtype, torch.float32))
+    out = gated[place].view(*indices.shape, hidden.shape[1]).sum(1, dtype=wide)
     return out.to(hidden.dtype)
+
+
+def _grouped_mm(x: Tensor, weight: Float[Tensor, "e i o"], offsets: Int[Tensor, " e"]) -> Tensor:
+    """x[r] @ weight[e] for the rows that end at offsets[e]; rows past the last offset are not written."""
+    aligned = x.dtype.itemsize <= 4 and all(width * x.dtype.itemsize % 16 == 0 for width in weight.shape[1:])
+    if aligned and _can_use_grouped_mm(x, weight, offsets):
+        return F.grouped_mm(x, weight, offs=offsets)
+    return torch.ops.transformers.grouped_mm_fallback(x, weight, offsets)
