@@ -58,7 +58,15 @@ def make_report(layers=6, experts=32, top_k=4, domains=DOMAINS, task=TASK, seed=
         scores = [float(v) if n else None for v, n in zip(value, served, strict=True)]
         reached += served.tolist()
         choices.append(
-            LayerChoice(layer=layer, num_experts=experts, top_k=top_k, kept=kept.tolist(), scores=scores, tokens=tokens)
+            LayerChoice(
+                layer=layer,
+                num_experts=experts,
+                top_k=top_k,
+                kept=kept.tolist(),
+                scores=scores,
+                tokens=tokens,
+                heldout_tokens=tokens,
+            )
         )
     losses = []
     for name in domains:
@@ -230,7 +238,9 @@ def test_text_of_models_and_users_never_becomes_markup():
 
 
 def test_an_expert_that_no_token_reached_is_unseen_whatever_its_score():
-    layer = LayerChoice(layer=0, num_experts=2, top_k=1, kept=[0], scores=[0.3, 0.9], tokens=[[5, 0]])
+    layer = LayerChoice(
+        layer=0, num_experts=2, top_k=1, kept=[0], scores=[0.3, 0.9], tokens=[[5, 0]], heldout_tokens=[[5, 0]]
+    )
     page = read(
         make_report(domains=("code",), task=("code",), saliency="random").model_copy(update={"layers": [layer]})
     )
@@ -239,7 +249,13 @@ def test_an_expert_that_no_token_reached_is_unseen_whatever_its_score():
 
 def test_unseen_experts_are_their_own_state():
     layer = LayerChoice(
-        layer=3, num_experts=4, top_k=1, kept=[0, 3], scores=[2.0, 1.0, None, None], tokens=[[9, 4, 0, 0]]
+        layer=3,
+        num_experts=4,
+        top_k=1,
+        kept=[0, 3],
+        scores=[2.0, 1.0, None, None],
+        tokens=[[9, 4, 0, 0]],
+        heldout_tokens=[[9, 4, 0, 0]],
     )
     html = fit_page(make_report(domains=("code",), task=("code",)).model_copy(update={"layers": [layer]}))
     drawing = re.search(r'<svg id="map".*?</svg>', html, re.S).group()
@@ -253,9 +269,9 @@ def test_unseen_experts_are_their_own_state():
         ("no load time", {"before": Cost(bytes=100, load_seconds=None, tokens_per_second=3.0)}, "came from memory"),
         ("no samples", {"samples": []}, "No samples were generated"),
         ("no warnings", {"warnings": []}, "No warnings."),
-        ("no losses", {"losses": []}, "No held-out loss was measured"),
+        ("no losses", {"losses": [], "layers": []}, "No held-out loss was measured"),
         ("grew", {"after": Cost(bytes=10**9, load_seconds=None, tokens_per_second=0.0)}, "still takes 1.00 GB"),
-        ("empty", {"layers": [], "calibration": {}, "losses": [], "samples": []}, "No calibration tokens were counted"),
+        ("empty", {"layers": [], "calibration": {}, "losses": [], "samples": []}, "No held-out tokens were counted"),
     ],
 )
 def test_page_says_what_is_missing(case, changes, words):

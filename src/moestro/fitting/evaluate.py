@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,9 +25,16 @@ def batch_tokens(config: Any) -> int:
 
 @torch.no_grad()
 def heldout_loss(
-    model: Any, batches: Iterable[TokenBatch], *, description: str = "held-out loss", progress: bool = True
+    model: Any,
+    batches: Iterable[TokenBatch],
+    *,
+    around: Callable[[TokenBatch], AbstractContextManager[Any]] = nullcontext,
+    description: str = "held-out loss",
+    progress: bool = True,
 ) -> dict[str, tuple[float, int]]:
     """{domain: (mean loss in nats per predicted token, number of predicted tokens)}.
+
+    Each forward pass runs inside `around(batch)`: `view.reading`, say, where something observes.
 
     Raises FloatingPointError where a domain's loss is not finite.
     """
@@ -36,7 +44,8 @@ def heldout_loss(
         for batch in batches:
             on_device = batch.to(model.device)
             ids, mask = on_device.input_ids, on_device.attention_mask
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            with around(batch):
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none").view(target.shape)
             per_row, count = loss.double().sum(dim=1).tolist(), (target != -100).sum(dim=1).tolist()

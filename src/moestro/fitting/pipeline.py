@@ -37,6 +37,7 @@ from moestro.fitting.plan import Plan, make_plan
 from moestro.fitting.result import Cost, DomainLoss, FitReport, LayerChoice, Sample
 from moestro.report import write_fit_page
 from moestro.view.checkpoint import complete_directory, plain_config, write
+from moestro.view.observe import ExpertCounts
 
 DEFAULT_MODEL = "quartet"
 DEFAULT_TASK = ("code",)
@@ -189,6 +190,7 @@ def _moestro_backend(model: Any) -> Iterator[None]:
 @dataclass(frozen=True)
 class _Measured:
     losses: dict[str, tuple[float, int]]
+    served: ExpertCounts
     texts: list[str]
     cost: Cost
 
@@ -203,10 +205,15 @@ def _measure(
 ) -> _Measured:
     model, tokenizer = view.model, view.tokenizer
     with _moestro_backend(model):
-        losses = heldout_loss(model, texts.heldout, description=f"held-out loss {when}", progress=progress)
+        served = ExpertCounts()
+        with view.observing(served):
+            losses = heldout_loss(
+                model, texts.heldout, around=view.reading, description=f"held-out loss {when}", progress=progress
+            )
         written = continuations(model, tokenizer, [prompt for _, prompt, _ in prompts])
         speed = tokens_per_second(model, tokenizer)
-    return _Measured(losses, written, Cost(bytes=view.num_bytes, load_seconds=load_seconds, tokens_per_second=speed))
+    cost = Cost(bytes=view.num_bytes, load_seconds=load_seconds, tokens_per_second=speed)
+    return _Measured(losses, served, written, cost)
 
 
 def _prompts(texts: FitData) -> list[tuple[str, str, str]]:
@@ -225,6 +232,11 @@ def _prompts(texts: FitData) -> list[tuple[str, str, str]]:
     return found
 
 
+def _name(model: Any) -> str:
+    """What a model from memory is called: where it was loaded from, else its class."""
+    return getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+
 def _report(
     model: Any,
     plan: Plan,
@@ -233,7 +245,9 @@ def _report(
     before: _Measured,
     after: _Measured,
 ) -> FitReport:
-    name = str(model) if isinstance(model, str | Path) else type(getattr(model, "model", model)).__name__
+    name = str(model) if isinstance(model, str | Path) else _name(getattr(model, "model", model))
+    domains = sorted(before.losses, key=lambda domain: domain not in texts.task)
+    served = before.served.result()
     layers = []
     for index, kept in plan.keep.items():
         slots = plan.stats.by_domain[index]
@@ -245,6 +259,7 @@ def _report(
                 kept=kept,
                 scores=[None if s != s else s for s in plan.scores[index].tolist()],
                 tokens=slots.count.long().tolist(),
+                heldout_tokens=[served[index][before.served.domains.index(d)].long().tolist() for d in domains],
             )
         )
     return FitReport(
@@ -256,8 +271,14 @@ def _report(
         layers=layers,
         coverage=plan.coverage,
         losses=[
-            DomainLoss(domain=d, task=d in texts.task, tokens=n, before=loss, after=after.losses[d][0])
-            for d, (loss, n) in sorted(before.losses.items(), key=lambda item: item[0] not in texts.task)
+            DomainLoss(
+                domain=d,
+                task=d in texts.task,
+                tokens=before.losses[d][1],
+                before=before.losses[d][0],
+                after=after.losses[d][0],
+            )
+            for d in domains
         ],
         before=before.cost,
         after=after.cost,

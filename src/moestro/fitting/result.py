@@ -29,6 +29,8 @@ class LayerChoice(BaseModel):
     """[E] saliency; None: no calibration token reached the expert, so nothing is known about it."""
     tokens: list[list[int]]
     """[D, E] calibration tokens that each expert served, by domain (see FitReport.calibration)."""
+    heldout_tokens: list[list[int]]
+    """[D, E] held-out tokens that each expert of the whole model served, by domain (see FitReport.losses)."""
 
 
 class Sample(BaseModel):
@@ -77,6 +79,7 @@ class FitReport(BaseModel):
     layers: list[LayerChoice]
     coverage: Coverage
     losses: list[DomainLoss]
+    """One for each domain: those of the task first."""
     before: Cost
     after: Cost
     samples: list[Sample]

@@ -238,10 +238,9 @@ class Routing:
 
 
 def routing(report: FitReport) -> Routing:
-    """Read off the calibration data."""
-    task = {d.domain for d in report.losses if d.task}
-    names = list(report.calibration)
-    return Routing(names, [name in task for name in names], [layer.tokens for layer in report.layers])
+    """Read off the held-out data, which has all domains; calibration has the task's alone."""
+    names, task = [d.domain for d in report.losses], [d.task for d in report.losses]
+    return Routing(names, task, [layer.heldout_tokens for layer in report.layers])
 
 
 def information(report: FitReport, routed: Routing) -> dict[str, Any] | None:
@@ -274,7 +273,7 @@ def embedded(report: FitReport, routed: Routing) -> Markup:
                 "scores": [None if s is None or not math.isfinite(s) else float(f"{s:.4g}") for s in layer.scores],
                 "unseen": sorted(unseen(layer)),
                 "tokens": layer.tokens,
-                **({} if counts is layer.tokens else {"routed": counts}),
+                "routed": counts,
             }
             for layer, counts in zip(report.layers, routed.counts)
         ],

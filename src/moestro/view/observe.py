@@ -7,6 +7,7 @@ Shapes: D domains, E experts, N tokens, K slots, H hidden.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Collection, Iterable, Sequence
@@ -245,6 +246,32 @@ class SlotStats:
         )
 
 
+class ExpertCounts:
+    """How many tokens of each domain every expert served: {layer: [D, E]}, rows in the order of `domains`."""
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self._table = DomainTable()
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(self._table.domains)
+
+    def update(self, event: MoEEvent) -> None:
+        rows = self._table.rows(event.tokens)
+        weights, indices = event.routing.weights.cpu(), event.routing.indices.cpu()
+        used = (weights != 0) & (indices < event.num_experts)
+        place = (rows[:, None] * event.num_experts + indices)[used]
+        self._table.add(event.layer, "count", event.num_experts, place, torch.ones_like(place))
+
+    def merge(self, other: Self) -> None:
+        self._table.merge(other._table)
+
+    def result(self) -> dict[int, Float[Tensor, "d e"]]:
+        return {layer: sums["count"] for layer, sums in sorted(self._table.sums.items())}
+
+
 class RoutingTrace:
     """Every token's routing in every layer, streamed to Parquet files (zstd) in a directory and read back with polars.
 
@@ -304,7 +331,7 @@ class RoutingTrace:
             other._flush(*shape)
         if other.path.resolve() != self.path.resolve():
             for file in sorted(other.path.glob("*.parquet")):
-                os.replace(file, self.path / file.name)
+                shutil.move(file, self.path / file.name)
 
     def result(self) -> pl.LazyFrame:
         """The whole trace, sorted by layer, sample and position; one frame where all layers have the same shape."""

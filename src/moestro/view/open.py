@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import moestro.view.checkpoint as checkpoint
 import moestro.view.surgery as surgery
+from moestro.bundled import bundled_path
 from moestro.view.edit import Edit
 from moestro.view.events import Observer
 from moestro.view.layers import MoELayer, find_layers, load, stack_of
-from moestro.view.observe import observe
+from moestro.view.observe import as_batch, observe
 from moestro.view.taps import Taps
 
 
@@ -57,6 +58,12 @@ class ExpertView:
             yield
 
     @contextmanager
+    def reading(self, batch: Any) -> Iterator[None]:
+        """Tell observers where the tokens of the forward pass inside the block come from: `batch`, a token batch."""
+        with self._taps.on_batch(as_batch(batch)[0]):
+            yield
+
+    @contextmanager
     def edits(self, *edits: Edit) -> Iterator[None]:
         """Run edits inside the block. They nest, and are gone afterwards, also after an exception.
 
@@ -69,6 +76,8 @@ class ExpertView:
 
     def keep_experts(self, keep: surgery.Keep) -> None:
         """Drop all experts but {layer: [ids]}. See `surgery.keep_experts`."""
+        self._check_idle()
+        surgery.check_unshared(self.model, self.layers)
         surgery.keep_experts(self.layers, keep)
         for index, ids in keep.items():
             self.original_ids[index] = [self.original_ids[index][e] for e in ids]
@@ -80,6 +89,8 @@ class ExpertView:
         weights: Mapping[int, Float[Tensor, " e"]] | None = None,
     ) -> None:
         """Make each cluster of experts one: {layer: [[ids], ...]}. See `surgery.merge_experts`."""
+        self._check_idle()
+        surgery.check_unshared(self.model, self.layers)
         surgery.merge_experts(self.layers, clusters, weights)
         for index, groups in clusters.items():
             self.original_ids[index] = [self.original_ids[index][min(group)] for group in groups]
@@ -87,11 +98,17 @@ class ExpertView:
 
     def replace_experts(self, layer: int, module: nn.Module) -> None:
         """Put another module in the place of a layer's experts. See `surgery.replace_experts`."""
+        self._check_idle()
         surgery.replace_experts(self.layer(layer), module)
 
     def set_top_k(self, top_k: int) -> None:
         """Let every token use `top_k` experts in all layers. See `surgery.set_top_k`."""
+        self._check_idle()
         surgery.set_top_k(self.layers, self._holders(), top_k)
+
+    def _check_idle(self) -> None:
+        if self._taps.active:
+            raise RuntimeError("weights cannot be changed while they are in use: end the edits and observations first")
 
     def _holders(self) -> list[Any]:
         """Configs and models that state numbers of experts for all layers."""
@@ -150,6 +167,8 @@ def open(
             raise ValueError("stream=True opens a checkpoint directory; this model is in memory already")
         return StreamView(model, tokenizer=tokenizer, part=part, **load_options)
     if isinstance(model, str | Path):
+        if not Path(model).exists():
+            model = bundled_path(str(model)) or model
         model, found = load(model, **load_options)
         tokenizer = tokenizer if tokenizer is not None else found
     elif load_options:
