@@ -36,6 +36,14 @@ class EasyEPSums:
     domains: tuple[str, ...]
     layers: dict[int, dict[str, Float[Tensor, "d e"]]]
 
+    def domain(self, *names: str) -> EasyEPSums:
+        """The sums of some domains alone."""
+        unknown = set(names) - set(self.domains)
+        if unknown:
+            raise ValueError(f"no domain {sorted(unknown)[0]!r} was observed; there are {list(self.domains)}")
+        rows = [self.domains.index(n) for n in names]
+        return EasyEPSums(names, {i: {n: t[rows] for n, t in sums.items()} for i, sums in self.layers.items()})
+
 
 class EasyEPStats:
     """Collects the sums that EASY-EP and its ablations are made of."""

@@ -1,0 +1,92 @@
+"""`moestro papers` and `moestro reproduce`: what is covered, and running it again."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+
+def papers(
+    docs: Annotated[bool, typer.Option("--docs", help="rewrite docs/evidence.md from the recorded results")] = False,
+) -> None:
+    """List the papers that are covered, with what their experiments showed here."""
+    from moestro.evidence import page, records
+
+    table = Table()
+    for name in ("key", "title", "arXiv", "claims shown", "run on", ""):
+        table.add_column(name, no_wrap=name in ("key", "arXiv", "run on"))
+    for key, module in records.papers().items():
+        record = records.load(key)
+        if record is None:
+            table.add_row(key, module.TITLE, module.ARXIV, "", "", "not run yet")
+            continue
+        shown = f"{sum(claim.holds for claim in record.claims)} of {len(record.claims)}"
+        note = _staleness(records.stale(record))
+        table.add_row(key, module.TITLE, module.ARXIV, shown, f"{record.date:%Y-%m-%d}", note)
+    console.print(table)
+    if docs:
+        written = page.write_page()
+        console.print(f"written: {written}" if written else "not written: this is no checkout of the sources")
+
+
+def _staleness(changed: list[str]) -> str:
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return f"older than its code: {changed[0]}{more} changed since" if changed else ""
+
+
+def reproduce(
+    keys: Annotated[list[str] | None, typer.Argument(help="papers to run, by key (see `moestro papers`)")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="run every paper")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer draws and less data: about a minute each")] = False,
+    model: Annotated[str | None, typer.Option(help="another checkpoint than the bundled model")] = None,
+) -> None:
+    """Run a paper's experiment, print what it measured and which of its claims hold.
+
+    A full run in a checkout of the sources is recorded there, and docs/evidence.md rewritten. A claim that does not
+    hold is a result, not an error.
+
+    Examples:
+
+      moestro reproduce easy-ep
+
+      moestro reproduce --all --quick
+    """
+    from moestro.evidence import page, records
+
+    known = records.papers()
+    if bool(keys) == everything:
+        raise ValueError(f"name papers to run, or pass --all; there are: {', '.join(known)}")
+    chosen = list(known) if everything else list(dict.fromkeys(keys or ()))
+    for key in chosen:
+        records.paper(key)
+    settings: dict[str, Any] = {} if model is None else {"model": model}
+    for key in chosen:
+        record = records.run(key, quick=quick, **settings)
+        _print(record)
+        if quick or settings or page.page_path() is None:
+            console.print("not recorded: only a full run on the bundled model, in a checkout of the sources, is")
+        else:
+            console.print(f"recorded in {records.save(record)}, {page.write_page()}", highlight=False)
+
+
+def _print(record) -> None:
+    from moestro.evidence import page, records
+
+    module = records.paper(record.key)
+    console.print(f"[bold]{module.TITLE}[/] (arXiv:{module.ARXIV})", highlight=False)
+    for laid_out in page.tables(record.rows):
+        table = Table(*laid_out.header, title=laid_out.title)
+        for line in laid_out.lines:
+            table.add_row(*line)
+        console.print(table)
+    claims = Table("claim", "measured", "needed", "")
+    for claim in record.claims:
+        name, measured, needed, verdict = page.claim_cells(claim)
+        claims.add_row(name, measured, needed, f"[{'green' if claim.holds else 'yellow'}]{verdict}[/]")
+    console.print(claims)
+    console.print(f"{record.seconds:.0f} s, {record.machine}", highlight=False)
