@@ -55,6 +55,8 @@ class RoutingRule:
     top_groups: int = 1
     group_score: Literal["top2", "max"] = "top2"
     group_fill: float = float("-inf")
+    softmax_of_chosen: bool = False
+    """The normalised softmax computed from the chosen logits alone: the same weights, rounded like gpt-oss's."""
     fp32: bool = True
     """Scores are computed in fp32 whatever the logits' dtype; False: in the logits' own dtype."""
     null_experts: int = 0
@@ -86,11 +88,11 @@ class RoutingRule:
         if self.groups > 1:
             choice = self._limit_to_groups(choice).masked_fill(closed, float("-inf"))
         indices = torch.topk(choice, self.top_k, dim=-1, sorted=True).indices
-        weights = scores.gather(1, indices)
+        weights = z.gather(1, indices).softmax(dim=-1) if self.softmax_of_chosen else scores.gather(1, indices)
         if self.null_experts:
             null = indices >= logits.shape[1] - self.null_experts
             weights, indices = weights.masked_fill(null, 0.0), indices.masked_fill(null, 0)
-        if self.normalize:
+        if self.normalize and not self.softmax_of_chosen:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         if self.scale != 1.0:
             weights = weights * self.scale

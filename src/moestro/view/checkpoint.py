@@ -192,25 +192,27 @@ def complete_directory(path: str | Path, *, overwrite: bool, size: int = 0) -> I
         raise FileExistsError(f"{path} exists; choose another directory or pass overwrite (--overwrite)")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a directory; choose another name")
+    if Path.cwd().is_relative_to(path) or Path.home().is_relative_to(path):
+        raise FileExistsError(f"{path} is not overwritten: all its other files would be lost; choose another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise OSError(errno.ENOSPC, f"{path} needs {size:,} bytes and the disk has {free:,} left; nothing was written")
     half = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     half.chmod(0o755)
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent)) if path.exists() else None
     try:
         yield half
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+        if old is not None:
             path.rename(old / path.name)
-            half.rename(path)
-            shutil.rmtree(old)
-        else:
-            half.rename(path)
+        half.rename(path)
     except BaseException as e:
         shutil.rmtree(half, ignore_errors=True)
-        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, f"the disk filled up while writing {path}; nothing is left behind") from e
-        if "No space left" in str(e):
+        if old is not None and (old / path.name).exists() and not path.exists():
+            (old / path.name).rename(path)
+        if (isinstance(e, OSError) and e.errno == errno.ENOSPC) or "No space left" in str(e):
             raise OSError(errno.ENOSPC, f"the disk filled up while writing {path}; nothing is left behind") from e
         raise
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)

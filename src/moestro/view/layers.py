@@ -33,6 +33,8 @@ class MoELayer:
     rule: RoutingRule | None
     """None where the router cannot be re-run from logits; `no_rule` says why."""
     no_rule: str = ""
+    routed: int = 0
+    """Experts that the router knows, where `experts` was replaced by a module that holds none."""
 
     @property
     def experts(self) -> nn.Module:
@@ -45,7 +47,7 @@ class MoELayer:
 
     @property
     def num_experts(self) -> int:
-        return num_experts_of(self.experts)
+        return num_experts_of(self.experts) if _stacked(self.experts) else self.routed
 
     @property
     def top_k(self) -> int:
@@ -156,6 +158,9 @@ def _nothing_found(model: nn.Module) -> str:
     return f"{type(model).__name__} is a dense model: it has no experts to open"
 
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+
+
 def load(path: str | Path, **kwargs: Any) -> tuple[nn.Module, Any]:
     """Model and tokenizer (None where the directory has none) from a local directory or the hub.
 
@@ -171,6 +176,8 @@ def load(path: str | Path, **kwargs: Any) -> tuple[nn.Module, Any]:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     kwargs.setdefault("dtype", "auto")
     model = model_class(config).from_pretrained(path, config=config, **kwargs).eval()
+    if Path(path).is_dir() and not any(next(Path(path).glob(pattern), None) for pattern in TOKENIZER_FILES):
+        return model, None  # for some families transformers would make up an empty one
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, AttributeError):  # a checkpoint may come without one: texts then need it

@@ -66,13 +66,18 @@ class RouterCall:
             name: swapped[owner, attr] for name, owner, attr in named_tensors(self.router) if (owner, attr) in swapped
         }
         error: Exception | None = None
-        for shaped in (hidden, hidden.unsqueeze(0)):  # most routers flatten; some insist on [B, T, H]
-            try:
-                with torch.no_grad():
-                    out = functional_call(self.router, inside, (shaped,), kwargs)
-                return _as_triple(out, len(hidden))
-            except (ValueError, RuntimeError, IndexError, TypeError) as e:
-                error = error or e
+        training = self.router.training
+        self.router.eval()  # some draw at random while they train
+        try:
+            for shaped in (hidden, hidden.unsqueeze(0)):  # most routers flatten; some insist on [B, T, H]
+                try:
+                    with torch.no_grad():
+                        out = functional_call(self.router, inside, (shaped,), kwargs)
+                    return _as_triple(out, len(hidden))
+                except (ValueError, RuntimeError, IndexError, TypeError) as e:
+                    error = error or e
+        finally:
+            self.router.train(training)
         raise TypeError(f"does not act as a router: {error}")
 
     def _vocabulary(self) -> int:
@@ -145,7 +150,7 @@ def derive_rule(call: RouterCall, num_experts: int, like: RoutingRule | None = N
         if error < best[0]:
             best = (error, fitted)
         if error <= TOLERANCE.get(truth.weights.dtype, 2e-2):
-            return fitted
+            return _same_rounding(fitted, noisy, truth, num_experts)
     raise ValueError(
         f"no known routing rule reproduces {type(router).__name__}: the nearest one ({best[1].describe()}) differs in "
         f"gate weights by {best[0]:.2g} of the largest weight"
@@ -184,6 +189,19 @@ def _candidates(base: RoutingRule, router: nn.Module, vectors: list[tuple[nn.Mod
                     )
     if base.top_k == 2:
         yield replace(base, sparsemixer=float(getattr(router, "router_jitter_noise", 0.01)))
+
+
+def _same_rounding(
+    rule: RoutingRule, noisy: dict[tuple[nn.Module, str], Tensor], truth: Routing, num_experts: int
+) -> RoutingRule:
+    """Of the ways to compute one and the same rule, that which comes nearest to the router."""
+    chosen = (False, True) if rule.score == "softmax" and rule.normalize and not rule.null_experts else (False,)
+    ways = [
+        replace(rule, fp32=fp32, softmax_of_chosen=of_chosen)
+        for fp32 in (rule.fp32, not rule.fp32)
+        for of_chosen in chosen
+    ]
+    return min(ways, key=lambda way: difference(replace(_probed(way, noisy), scale=way.scale), truth, num_experts))
 
 
 def _rebound(like: RoutingRule, base: RoutingRule, vectors: list[tuple[nn.Module, str]]) -> Iterator[RoutingRule]:

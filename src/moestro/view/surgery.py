@@ -11,13 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moestro.view.layers import MoELayer
+from moestro.view.layers import MoELayer, is_experts
 from moestro.view.rules import RouterCall, derive_rule, named_tensors
 
 Keep = Mapping[int, Sequence[int]]
@@ -38,9 +39,7 @@ def keep_experts(layers: Sequence[MoELayer], keep: Keep) -> None:
     _check_layers(layers, keep)
     for layer, ids in chosen:
         check_keep(layer, ids)
-    for layer, ids in chosen:
-        if ids != list(range(layer.num_experts)):
-            _cut(layer, ids)
+    _cut([(layer, ids) for layer, ids in chosen if ids != list(range(layer.num_experts))])
 
 
 def check_unshared(model: nn.Module, layers: Sequence[MoELayer]) -> None:
@@ -61,6 +60,8 @@ def check_keep(layer: MoELayer, ids: Sequence[int]) -> None:
     where, count = f"layer {layer.index}", layer.num_experts
     if layer.rule is None:
         raise ValueError(f"{where}: experts cannot be removed ({layer.no_rule})")
+    if not is_experts(layer.experts):
+        raise ValueError(f"{where}: its experts were replaced by {type(layer.experts).__name__}, which holds none")
     wrong = [e for e in ids if not 0 <= e < count]
     if wrong:
         raise ValueError(f"{where} has experts 0..{count - 1}; there is no expert {wrong[0]}")
@@ -103,12 +104,30 @@ def merge_experts(
         if len(set(members)) != len(members):
             raise ValueError(f"layer {layer.index}: expert {Counter(members).most_common(1)[0][0]} is in two clusters")
         check_keep(layer, [e for e in members if not 0 <= e < layer.num_experts] or [min(g) for g in groups])
+        if weights is not None:
+            _check_weights(layer, groups, weights.get(layer.index))
     for layer, groups in chosen:
         if any(len(group) > 1 for group in groups):
             share = torch.ones(layer.num_experts) if weights is None else weights[layer.index].float()
-            for _, owner, attr, spare in per_expert_tensors(layer):
-                _average(getattr(owner, attr).data, groups, share, spare)
-        _cut(layer, [min(group) for group in groups], verify=False)
+            for _, owner, attr, dim in per_expert_tensors(layer):
+                _average(getattr(owner, attr).data, groups, share, dim)
+    _cut([(layer, [min(group) for group in groups]) for layer, groups in chosen], verify=False)
+
+
+def _check_weights(layer: MoELayer, groups: Sequence[Sequence[int]], weights: Tensor | None) -> None:
+    where = f"merge weights of layer {layer.index}"
+    if weights is None:
+        raise ValueError(f"no {where}; give one number per expert for every layer that is merged")
+    if weights.shape != (layer.num_experts,):
+        raise ValueError(
+            f"{where} have shape {tuple(weights.shape)}; give one number for each of its {layer.num_experts} experts"
+        )
+    for group in groups:
+        share = weights[list(group)]
+        if len(group) > 1 and not (bool((share >= 0).all()) and 0 < float(share.sum()) < float("inf")):
+            raise ValueError(
+                f"{where} are {share.tolist()} for experts {list(group)}; give non-negative numbers, not all zero"
+            )
 
 
 def _average(tensor: Tensor, groups: Sequence[Sequence[int]], share: Tensor, dim: int) -> None:
@@ -123,7 +142,7 @@ def _average(tensor: Tensor, groups: Sequence[Sequence[int]], share: Tensor, dim
 
 def replace_experts(layer: MoELayer, module: nn.Module) -> None:
     """Put `module` in the place of the layer's experts. It takes (hidden [N, H], indices, weights), gives [N, H]."""
-    reference = next(layer.experts.parameters())
+    reference = next(layer.router.parameters())
     width = _input_width(layer)
     hidden = torch.zeros(2, width, device=reference.device, dtype=reference.dtype)
     indices = torch.zeros(2, layer.top_k, dtype=torch.long, device=reference.device)
@@ -132,14 +151,15 @@ def replace_experts(layer: MoELayer, module: nn.Module) -> None:
     if not isinstance(out, Tensor) or out.shape != hidden.shape:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"layer {layer.index}: the new experts must turn [N, {width}] into [N, {width}]; got {got}")
+    layer.routed = layer.num_experts
     setattr(layer.block, layer.experts_name, module)
 
 
 def _input_width(layer: MoELayer) -> int:
     experts = layer.experts
     up = getattr(experts, "gate_up_proj", getattr(experts, "up_proj", None))
-    if up is None:
-        raise ValueError(f"layer {layer.index}: its experts have no up projection to read their width from")
+    if not isinstance(up, Tensor) or up.dim() != 3:
+        return RouterCall(layer.block, layer.router).hidden_size
     return up.shape[1] if getattr(experts, "is_transposed", False) else up.shape[2]
 
 
@@ -233,40 +253,53 @@ def per_expert_tensors(layer: MoELayer) -> list[tuple[str, nn.Module, str, int]]
     return found
 
 
-def _cut(layer: MoELayer, ids: Sequence[int], verify: bool = True) -> None:
-    """Slice everything per expert down to `ids`; the router first, so that a failure leaves the layer whole."""
+def _cut(chosen: Sequence[tuple[MoELayer, Sequence[int]]], verify: bool = True) -> None:
+    """Slice everything per expert down to the ids; all routers first, so that a failure leaves the model whole."""
+    places = [per_expert_tensors(layer) for layer, _ in chosen]
+    undo: list[Callable[[], None]] = []
+    try:
+        for (layer, ids), tensors in zip(chosen, places):
+            _cut_router(layer, ids, tensors, undo, verify)
+    except BaseException:
+        for restore in reversed(undo):
+            restore()
+        raise
+    for (_, ids), tensors in zip(chosen, places):
+        for place, owner, attr, dim in tensors:
+            if place == "experts":
+                _slice(owner, attr, ids, dim)
+
+
+def _cut_router(
+    layer: MoELayer,
+    ids: Sequence[int],
+    tensors: Sequence[tuple[str, nn.Module, str, int]],
+    undo: list[Callable[[], None]],
+    verify: bool,
+) -> None:
+    """Slice what the router and the block hold per expert, and verify the logits; `undo` grows as things change."""
     assert layer.rule is not None
     count, null = layer.num_experts, layer.rule.null_experts
-    tensors = per_expert_tensors(layer)
     call = RouterCall(layer.block, layer.router)
     hidden = call.hidden(3)
     with_null = [*ids, *range(count, count + null)]
     expected = call(hidden).logits[:, with_null]
-    holders = (layer.router, layer.block, layer.experts)
-    undo: list[Callable[[], None]] = []
     for place, owner, attr, dim in tensors:
         if place != "experts":
-            undo.append(_slice(owner, attr, with_null, dim))
-    before = [(h, n, v) for h in holders for n, v in numbers(h, EXPERT_COUNT)]
+            undo.append(_slice(owner, attr, ids if getattr(owner, attr).shape[dim] == count else with_null, dim))
+    holders = (layer.router, layer.block, layer.experts)
+    undo += [partial(setattr, h, n, v) for h in holders for n, v in numbers(h, EXPERT_COUNT)]
     set_expert_count(holders, count, len(ids))
     if null:
         set_expert_count(holders, count + null, len(with_null))
-    try:
-        got = call(hidden).logits
-        if layer.rule.returns_probabilities:
-            got, expected = got.log(), expected.log() - expected.sum(-1, keepdim=True).log()
-        same = got.shape == expected.shape and torch.allclose(got.float(), expected.float(), rtol=1e-2, atol=1e-3)
-        if verify and not same:
-            raise RuntimeError(f"layer {layer.index} ({layer.name}): the cut router gives other logits; left unchanged")
-    except Exception:
-        for restore in undo:
-            restore()
-        for holder, name, value in before:
-            setattr(holder, name, value)
-        raise
-    for place, owner, attr, dim in tensors:
-        if place == "experts":
-            _slice(owner, attr, ids, dim)
+    got = call(hidden).logits
+    if layer.rule.returns_probabilities:
+        got, expected = got.log(), expected.log() - expected.sum(-1, keepdim=True).log()
+    same = got.shape == expected.shape and torch.allclose(got.float(), expected.float(), rtol=1e-2, atol=1e-3)
+    if verify and not same:
+        raise RuntimeError(
+            f"layer {layer.index} ({layer.name}): the cut router gives other logits; nothing was changed"
+        )
 
 
 def _slice(owner: nn.Module, attr: str, ids: Sequence[int], dim: int) -> Callable[[], None]:
@@ -276,7 +309,7 @@ def _slice(owner: nn.Module, attr: str, ids: Sequence[int], dim: int) -> Callabl
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     setattr(owner, attr, new)
-    return lambda: setattr(owner, attr, old)
+    return partial(setattr, owner, attr, old)
 
 
 def pad_to_uniform(keep: Keep, scores: Mapping[int, Float[Tensor, " e"]]) -> dict[int, list[int]]:
