@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -155,6 +156,18 @@ def test_hidden_states_in_files_change_nothing(checkpoint, tmp_path):
     assert_same_statistics(in_files, in_memory)
 
 
+@pytest.mark.parametrize("hidden_bytes", [2**30, 1])
+@pytest.mark.parametrize("family", ["gemma4", "inkling2"])
+def test_layers_that_read_more_than_the_layer_before(family, hidden_bytes, tmp_path):
+    """Gemma 4's last layers read keys and values of earlier ones; Inkling 2's layers all earlier outputs."""
+    shared = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    tiny.build(family, **(shared if family == "gemma4" else {})).model.save_pretrained(tmp_path)
+    data = batches(family)
+    (expected,) = moestro.open(tmp_path).observe(data, [SlotStats()], progress=False)
+    (seen,) = stream(tmp_path).observe(data, [SlotStats()], progress=False, hidden_bytes=hidden_bytes)
+    assert_same_statistics(seen, expected)
+
+
 class Interrupted(SlotStats):
     """Fails the first time it sees the layer `at`."""
 
@@ -213,6 +226,32 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path):
     whole = moestro.open(path).observe(batches(), [SlotStats(), RoutingTrace()], progress=False)
     assert_same_statistics(resumed[0], whole[0])
     assert resumed[1].collect().equals(whole[1].collect())
+
+
+def observe_a_share(path: str, data: str, result: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    (seen,) = stream(Path(path)).observe(torch.load(data), [SlotStats()], work=Path(result).parent / "work")
+    torch.save({i: vars(slots) for i, slots in seen.by_domain.items()}, f"{result}{torch.distributed.get_rank()}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_batches(checkpoint, tmp_path):
+    path = checkpoint("qwen3_moe")
+    torch.save(batches(), tmp_path / "data.pt")
+    arguments = [str(path), str(tmp_path / "data.pt"), str(tmp_path / "result")]
+    code = f"import test_stream; test_stream.observe_a_share(*{arguments})"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    where = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", code]
+    running = [subprocess.Popen(command, cwd=Path(__file__).parent, env={**where, "RANK": str(r)}) for r in (0, 1)]
+    assert [process.wait() for process in running] == [0, 0]
+    (alone,) = stream(path).observe(batches(), [SlotStats()], progress=False)
+    for rank in (0, 1):
+        for index, slots in torch.load(tmp_path / f"result{rank}").items():
+            torch.testing.assert_close(slots, vars(alone.by_domain[index]))
 
 
 def test_refuses_the_work_of_another_observation(checkpoint, tmp_path):

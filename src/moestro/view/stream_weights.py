@@ -138,9 +138,12 @@ class Weights:
         self.model: Any = _skeleton(model_class(config), config, dtype)
         plan = self.model._get_dtype_plan(dtype)
         _cast(self.model, plan)
-        self._conversions: Any = get_model_conversion_mapping(self.model)
+        self._conversions = get_model_conversion_mapping(self.model)
         self._load_config = modeling_utils.LoadStateDictConfig(
-            device_map={"": device}, dtype=dtype, dtype_plan=plan, weight_mapping=self._conversions
+            device_map={"": device},
+            dtype=dtype,
+            dtype_plan=plan,
+            weight_mapping=self._conversions,  # type: ignore[arg-type]
         )
         self._config_as_opened = copy.deepcopy(self.model.config)
         self.groups = self._grouped()
