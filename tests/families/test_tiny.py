@@ -43,7 +43,7 @@ def test_builds_runs_and_agrees_between_experts_implementations(family: str) -> 
     torch.testing.assert_close(batched, eager, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("family", tiny.families())
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v4", "glm4v_moe"])
 def test_same_seed_same_model_other_seed_other_model(family: str) -> None:
     first, again, other = (tiny.build(family, seed=seed) for seed in (0, 0, 1))
     with torch.no_grad():

@@ -77,6 +77,10 @@ SIZES: list[tuple[str, Any]] = [
 # Towers that a text-only input never enters: small, and the same for every family.
 TOWER_SIZES: list[tuple[str, Any]] = [
     (r"out_hidden_size|output_dim|projector_hidden_size", H),
+    (r"text_hidden_size|adapter_out_dim", H),
+    (r"adapter_in_dim|adapter_input_size", 32),
+    (r"moe_intermediate_size", I),
+    (r"num_local_experts", E),
     (r".*hidden_size|d_model|embed_dim|hidden_dim", 32),
     (r".*intermediate_size|ffn_dim|encoder_ffn_dim", 36),
     (r"depth|num_hidden_layers|encoder_layers|num_layers", 1),
@@ -100,6 +104,9 @@ TOP_EXTRAS: dict[str, dict[str, Any]] = {"Qwen3OmniMoeThinkerConfig": {"vision_s
 MROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ALTERNATING = ["linear_attention", "full_attention"] * (L // 2)
 FIRST_DENSE = ["dense"] + ["sparse"] * (L - 1)
+
+# The one tower that has experts, and a different number of them in each layer.
+TOWER_OVERRIDES = {"Dots3NoteVisionConfig": {"num_hidden_layers": 3, "pyramid_num_routed": [-1, 6, 8]}}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
@@ -201,22 +208,31 @@ def experts_classes(family: str) -> list[str]:
     return re.findall(rf"^@{EXPERTS_DECORATOR}(?:\([^)]*\))?\n(?:@.*\n)*class (\w+)", source, flags=re.M)
 
 
-def model_class(family: str) -> type:
-    """The class to build: a causal language model where there is one, else the whole multimodal model."""
+def model_class(family: str, *, towers: bool = False) -> type:
+    """The class to build: a causal language model where there is one and no `towers` are asked for."""
     module = modelling_module(family)
     if family in CLASSES:
         return getattr(module, CLASSES[family])
     names = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-    for head in HEADS:
+    for head in HEADS[1:] if towers else HEADS:
         for name in names:
             if name.endswith(head):
                 return getattr(module, name)
     raise LookupError(f"{family}: no class in {module.__name__} ends with one of {HEADS}")
 
 
-def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> TinyModel:
+@cache
+def families_with_towers() -> list[str]:
+    """Families that `build` makes as a language model, and with `towers=True` as the whole multimodal model."""
+    language = [family for family in families() if model_class(family).__name__.endswith(HEADS[0])]
+    return [family for family in language if any(n.endswith(HEADS[1]) for n in vars(modelling_module(family)))]
+
+
+def build(
+    family: str, *, towers: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> TinyModel:
     """A tiny random model of `family`; `overrides` are fields of its text configuration."""
-    cls = model_class(family)
+    cls = model_class(family, towers=towers)
     config = tiny_config(cls.config_class, {**OVERRIDES.get(family, {}), **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -252,11 +268,14 @@ def tiny_config(cls: type, overrides: dict[str, Any], *, tower: bool = False) ->
         for value in [_first_match(sizes, name)]
         if value is not None and not isinstance(default_value, (dict, str))
     }
-    if not tower:
+    if tower:
+        values |= TOWER_OVERRIDES.get(cls.__name__, {})
+    else:
         values |= overrides
         if "qk_rope_head_dim" in fields:  # latent attention: heads of keys are heads of queries
-            values |= {name: values["qk_rope_head_dim"] for name in ("head_dim",) if name in fields}
             values["num_key_value_heads"] = values["num_attention_heads"]
+            if "head_dim" in fields:
+                values["head_dim"] = values["qk_rope_head_dim"]
     return cls(**(values | _special_ids(cls)))
 
 
@@ -287,6 +306,10 @@ def randomise(model: nn.Module) -> None:
         elif tensor.dim() >= 2 and tensor.numel() > 0 and not re.search(r"A_log|inv_freq|pos", leaf):
             fan_in = max(tensor.shape[-1], 4)
             tensor.normal_(std=(2.5 if tensor.shape[0] in (E, E + 1) else 1.0) / fan_in**0.5)
+        elif tensor.numel() in (E, E + 1) and "bias" in leaf:
+            # Positive: a negative score would tie with the 0 that AXK2 gives closed groups. The last of E + 1 is that
+            # of "no expert", which Zaya resets whenever it loads.
+            tensor[:E].normal_(std=0.1).abs_()
         elif ("bias" in leaf and "dt_bias" not in leaf) or (tensor.numel() > 1 and (tensor == 0).all()):
             tensor.normal_(std=0.1)
         elif tensor.numel() > 1 and (tensor == tensor[0]).all():
