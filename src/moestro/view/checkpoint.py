@@ -184,7 +184,7 @@ def complete_directory(path: str | Path, *, overwrite: bool, size: int = 0) -> I
     """A directory to write into that appears at `path` when the block ends well, and not at all when it does not.
 
     Raises:
-        FileExistsError: `path` is there and not to be overwritten.
+        FileExistsError: `path` is there and not to be overwritten, or it holds something else than a checkpoint.
         OSError: the disk cannot hold `size` bytes; checked before, and told clearly when it fills up on the way.
     """
     path = Path(path).absolute()
@@ -194,6 +194,8 @@ def complete_directory(path: str | Path, *, overwrite: bool, size: int = 0) -> I
         raise FileExistsError(f"{path} is a file, not a directory; choose another name")
     if Path.cwd().is_relative_to(path) or Path.home().is_relative_to(path):
         raise FileExistsError(f"{path} is not overwritten: all its other files would be lost; choose another directory")
+    if path.exists() and any(path.iterdir()) and not (path / "config.json").exists():
+        raise FileExistsError(f"{path} holds something else than a checkpoint; delete it or choose another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if size > free:
