@@ -48,7 +48,8 @@ def training(plan: Plan, tokens: int, seconds: float) -> str:
         f"{plan.warmup_steps} warm-up steps, constant, then linear decay to zero over the last "
         f"{plan.decay_share:.0%}. bf16 compute, fp32 master weights. Load balancing (quartet): Switch loss over the "
         f"whole mixed batch, {plan.balance} per layer. CPU, {seconds / 60:.0f} minutes beside other work on two "
-        f"shared cores. Seed {plan.seed}."
+        "shared cores, resumed from checkpoints (quartet: once onto another experts kernel), so a new run agrees up "
+        f"to rounding, not bit for bit. Seed {plan.seed}."
     )
 
 
