@@ -21,6 +21,7 @@ def test_prompt_and_answer_make_the_text(name: str) -> None:
         assert problem.prompt
         assert problem.answer
         assert problem.text == problem.prompt + problem.answer
+        assert not problem.prompt[-1].isspace(), "a word must be tokenised with the space before it"
 
 
 def test_asking_for_none_gives_none() -> None:
@@ -28,13 +29,13 @@ def test_asking_for_none_gives_none() -> None:
 
 
 def solve_arithmetic(prompt: str) -> str:
-    expression = prompt.removesuffix(" = ")
+    expression = prompt.removesuffix(" =")
     assert re.fullmatch(r"(\d+ [-+*] \d+|(max|min)\(\d+, \d+\))", expression)
     return str(eval(expression, {"max": max, "min": min}))
 
 
 def solve_sorting(prompt: str) -> str:
-    verb, items = prompt.removesuffix(" -> ").split(": ")
+    verb, items = prompt.removesuffix(" ->").split(": ")
     words = items.split()
     if verb == "reverse":
         return " ".join(reversed(words))
@@ -43,8 +44,8 @@ def solve_sorting(prompt: str) -> str:
 
 def solve_retrieval(prompt: str) -> str:
     if prompt.startswith("copy: "):
-        return prompt.removeprefix("copy: ").removesuffix(" | ")
-    pairs, key = prompt.removesuffix(" = ").split(" ? ")
+        return prompt.removeprefix("copy: ").removesuffix(" |")
+    pairs, key = prompt.removesuffix(" =").split(" ? ")
     return dict(pair.split(" = ") for pair in pairs.split(", "))[key]
 
 
@@ -54,11 +55,11 @@ def solve_retrieval(prompt: str) -> str:
 )
 def test_an_independent_solver_gets_every_answer(name: str, solve) -> None:
     for problem in GENERATORS[name](1, 2000):
-        assert solve(problem.prompt) == problem.answer, problem
+        assert f" {solve(problem.prompt)}" == problem.answer, problem
 
 
 def test_differences_are_never_negative() -> None:
-    assert all(not p.answer.startswith("-") for p in GENERATORS["arithmetic"](0, 2000))
+    assert all(not p.answer.strip().startswith("-") for p in GENERATORS["arithmetic"](0, 2000))
 
 
 def test_instructions_are_one_exchange_in_the_chat_format() -> None:

@@ -173,7 +173,11 @@ NAMES = ("Ana", "Ben", "Cara", "Dan", "Eva", "Finn", "Gita", "Hugo", "Ines", "Ja
 
 
 class Problem(NamedTuple):
-    """A task instance: `answer` is what an exact solver writes after `prompt`."""
+    """A task instance: `answer` is what an exact solver writes after `prompt`.
+
+    An answer brings the space that separates it: tokenizers join a word to the space before it, so a prompt that ends
+    in a space would not be how the text is read in training.
+    """
 
     prompt: str
     answer: str
@@ -184,7 +188,7 @@ class Problem(NamedTuple):
 
 
 def arithmetic(seed: int, n: int) -> list[Problem]:
-    """Sums, differences, products and comparisons of small numbers: `17 + 25 = ` -> `42`."""
+    """Sums, differences, products and comparisons of small numbers: `17 + 25 =` -> ` 42`."""
     rng = random.Random(f"arithmetic-{seed}")
     return [_arithmetic(rng) for _ in range(n)]
 
@@ -194,18 +198,18 @@ def _arithmetic(rng: random.Random) -> Problem:
     a, b = rng.randrange(top), rng.randrange(top)
     kind = rng.choice(("+", "+", "-", "-", "*", "max", "min"))
     if kind == "+":
-        return Problem(f"{a} + {b} = ", str(a + b))
+        return Problem(f"{a} + {b} =", f" {a + b}")
     if kind == "-":
         a, b = max(a, b), min(a, b)
-        return Problem(f"{a} - {b} = ", str(a - b))
+        return Problem(f"{a} - {b} =", f" {a - b}")
     if kind == "*":
         a, b = rng.randrange(2, 13), rng.randrange(2, 100)
-        return Problem(f"{a} * {b} = ", str(a * b))
-    return Problem(f"{kind}({a}, {b}) = ", str(max(a, b) if kind == "max" else min(a, b)))
+        return Problem(f"{a} * {b} =", f" {a * b}")
+    return Problem(f"{kind}({a}, {b}) =", f" {max(a, b) if kind == 'max' else min(a, b)}")
 
 
 def sorting(seed: int, n: int) -> list[Problem]:
-    """Lists of numbers or words to put in order: `sort: 7 2 9 -> ` -> `2 7 9`."""
+    """Lists of numbers or words to put in order: `sort: 7 2 9 ->` -> ` 2 7 9`."""
     rng = random.Random(f"sorting-{seed}")
     return [_sorting(rng) for _ in range(n)]
 
@@ -218,12 +222,12 @@ def _sorting(rng: random.Random) -> Problem:
         items = sorted(rng.sample(WORDS, length))
     shuffled = rng.sample(items, length)
     if rng.random() < 0.75:
-        return Problem(f"sort: {' '.join(shuffled)} -> ", " ".join(items))
-    return Problem(f"reverse: {' '.join(shuffled)} -> ", " ".join(reversed(shuffled)))
+        return Problem(f"sort: {' '.join(shuffled)} ->", " " + " ".join(items))
+    return Problem(f"reverse: {' '.join(shuffled)} ->", " " + " ".join(reversed(shuffled)))
 
 
 def retrieval(seed: int, n: int) -> list[Problem]:
-    """Look up a value among key-value pairs, or copy a line: `... ? garden = ` -> `417`."""
+    """Look up a value among key-value pairs, or copy a line: `... ? garden =` -> ` 417`."""
     rng = random.Random(f"retrieval-{seed}")
     return [_retrieval(rng) for _ in range(n)]
 
@@ -231,12 +235,12 @@ def retrieval(seed: int, n: int) -> list[Problem]:
 def _retrieval(rng: random.Random) -> Problem:
     if rng.random() < 0.3:
         items = [rng.choice((rng.choice(WORDS), str(rng.randrange(1000)))) for _ in range(rng.randrange(3, 10))]
-        return Problem(f"copy: {' '.join(items)} | ", " ".join(items))
+        return Problem(f"copy: {' '.join(items)} |", " " + " ".join(items))
     keys = rng.sample(WORDS, rng.randrange(3, 10))
     values = [rng.choice((rng.choice(COLOURS), str(rng.randrange(1000)))) for _ in keys]
     pick = rng.randrange(len(keys))
     pairs = ", ".join(f"{key} = {value}" for key, value in zip(keys, values, strict=True))
-    return Problem(f"{pairs} ? {keys[pick]} = ", values[pick])
+    return Problem(f"{pairs} ? {keys[pick]} =", f" {values[pick]}")
 
 
 def instructions(seed: int, n: int) -> list[Problem]:
