@@ -25,6 +25,12 @@ FIXED_TOP_K: dict[str, str] = {
 
 NO_GREEDY_GENERATE: dict[str, str] = {"diffusion_gemma": "its `generate`, which denoises whole blocks, is not tested"}
 
+LEFT_PADDING: dict[str, str] = {
+    family: "in transformers itself, left padding changes what its tokens compute"
+    for family in ("deepseek_v4", "hunyuan_v1_moe", "minimax", "mistral_large4")
+}
+"""{family: why statistics of a left-padded batch are those of other tokens}. Padding is never counted there either."""
+
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 
 
@@ -49,11 +55,12 @@ def markdown() -> str:
         "nothing is changed then. No language model in transformers stores a number of experts by layer: keep the same",
         "number everywhere, or let `pad_to_uniform` fill the smaller layers.",
         "",
-        "| family | class | open, observe, edit | keep experts, save | top-k | because |",
+        "| family | class | open, observe, edit | keep experts, save | top-k | notes |",
         "|---|---|---|---|---|---|",
     ]
     for family in families:
-        reasons = [d[family] for d in (UNSUPPORTED, NO_SURGERY, FIXED_TOP_K, NO_GREEDY_GENERATE) if family in d]
+        notes = (UNSUPPORTED, NO_SURGERY, FIXED_TOP_K, NO_GREEDY_GENERATE, LEFT_PADDING)
+        reasons = [note[family] for note in notes if family in note]
         cells = [
             "no" if family in UNSUPPORTED else "yes",
             "no" if family in UNSUPPORTED or family in NO_SURGERY else "yes",
