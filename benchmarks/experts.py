@@ -2,7 +2,8 @@
 
 All contestants take turns within one round, and what is reported is the median over rounds of the ratio of two times
 of the same round, so that a busy machine slows all of them alike. Every round routes the tokens anew, as training
-does: token counts per expert change, and with them the shapes of the products.
+does: token counts per expert change, and with them the shapes of the products. "products alone" is one torch.mm per
+expert and projection into memory at hand: what remains of a layer without routing, gates, sums and allocation.
 
     python benchmarks/experts.py            # everything, some minutes
     python benchmarks/experts.py --quick    # fewer rounds, smaller layers
@@ -33,9 +34,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import moestro.view.experts_backend  # noqa: F401  registers the backend
 
 BACKENDS = ("moestro", "grouped_mm", "batched_mm", "eager")
-DENSE = "dense"
-# `batched_mm` copies the weights of every slot: beyond this it is left out.
-BATCHED_MM_BYTES = 4 << 30
+DENSE, PRODUCTS = "dense", "products alone"
+# `batched_mm` copies the weights of every slot: above this size it is left out. `eager` fills and adds a full-size
+# weight gradient per expert: above this many numbers in all slots' inputs it takes many seconds, and is left out.
+BATCHED_MM_BYTES = 1 << 29
+EAGER_NUMBERS = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -113,13 +116,12 @@ def route(layer: Layer, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
     return indices, (weights / weights.sum(-1, keepdim=True)).to(dtype)
 
 
-def runnable(layer: Layer, dtype: torch.dtype, slow: bool) -> list[str]:
-    """Backends for this layer; `eager` is left out of large training steps, where it takes seconds."""
+def runnable(layer: Layer, dtype: torch.dtype, train: bool) -> list[str]:
     copied = layer.tokens * layer.slots * 3 * layer.hidden * layer.width * dtype.itemsize
     names = list(BACKENDS)
     if copied > BATCHED_MM_BYTES:
         names.remove("batched_mm")
-    if slow:
+    if train and layer.tokens * layer.slots * layer.hidden > EAGER_NUMBERS:
         names.remove("eager")
     return names
 
@@ -147,9 +149,29 @@ def time_layer(task: str, layer: Layer, dtype: torch.dtype, rounds: int, *, trai
         gate, value = F.linear(hidden, up).chunk(2, dim=-1)
         finish(F.linear(F.silu(gate) * value, down))
 
-    names = runnable(layer, dtype, slow=train and layer.tokens * layer.slots * layer.hidden > 4_000_000)
+    rows = layer.tokens * layer.slots
+    x, u, a = (torch.zeros(rows, width, dtype=dtype) for width in (layer.hidden, 2 * layer.width, layer.width))
+    grads = [torch.zeros_like(p) for p in experts.parameters()]
+
+    def run_products(r: int) -> None:
+        start = 0
+        for e, count in enumerate(torch.bincount(routes[r][0].flatten(), minlength=layer.experts).tolist()):
+            part = slice(start, start + count)
+            start += count
+            if not count:
+                continue
+            w_up, w_down = experts.gate_up_proj.data[e], experts.down_proj.data[e]
+            torch.mm(x[part], w_up.T, out=u[part])
+            torch.mm(a[part], w_down.T, out=x[part])
+            if train:
+                torch.mm(x[part], w_down, out=a[part])
+                torch.mm(x[part].T, a[part], out=grads[1][e])
+                torch.mm(u[part].T, x[part], out=grads[0][e])
+                torch.mm(u[part], w_up, out=x[part])
+
+    names = runnable(layer, dtype, train)
     contestants: dict[str, Callable[[int], None]] = {n: (lambda r, n=n: run_experts(n, r)) for n in names}
-    contestants[DENSE] = run_dense
+    contestants |= {DENSE: run_dense, PRODUCTS: run_products}
     with torch.set_grad_enabled(train):
         seconds = take_turns(contestants, rounds)
     return summarise(task, str(layer), dtype, seconds, layer.forward_flops * (3 if train else 1))
@@ -187,7 +209,7 @@ def time_model(dtype: torch.dtype, rounds: int, batch: int, length: int) -> list
 
 
 def as_table(results: list[Result]) -> Table:
-    table = Table(title="time / moestro's time: median over rounds [quartiles]; above 1, moestro is faster")
+    table = Table(title="time / moestro's time: median over rounds (and quartiles); above 1, moestro is faster")
     for column in ("task", "setting", "dtype", "backend"):
         table.add_column(column)
     for column in ("ms", "times moestro", "GFLOP/s"):

@@ -42,7 +42,7 @@ OnOutputs = Callable[[Tensor, Tensor, Tensor], None]
 # Up to this many slots are computed one by one: sorting would take longer than it saves.
 FEW_SLOTS = 16
 # Hidden rows of one chunk; with its other intermediates it fits the last-level cache.
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 2 << 20
 # Per-slot outputs that a forward without gradients holds at a time (it takes the tokens in blocks), and rows handed
 # to `on_outputs` at a time.
 OUTPUT_BYTES = 256 << 20
@@ -204,10 +204,11 @@ def _cheapest_groups(counts: list[int], family: _Family) -> list[tuple[int, int,
     """
     _, h, u = family.up.shape
     call = CALL_COST[family.dtype.itemsize] / (h * u)
+    alone = SINGLE_PENALTY if torch.get_num_threads() > 1 else 1.0
     nodes = []  # cost, capacity (0: cannot grow), groups
     for e, count in enumerate(counts):
         capacity = _capacity(count, family.dtype)
-        nodes.append((SINGLE_PENALTY * capacity + call, capacity, [(e, e + 1, capacity)]) if count else (0.0, 0, []))
+        nodes.append((alone * capacity + call, capacity, [(e, e + 1, capacity)]) if count else (0.0, 0, []))
     size = 1
     while len(nodes) > 1:
         size *= 2
@@ -230,11 +231,8 @@ def _capacity(count: int, dtype: torch.dtype) -> int:
     """
     if dtype.itemsize > 2:
         return count
-    if count <= 16:
-        return 1 << (count - 1).bit_length() if count else 0
-    step = 16
-    while count > 32 * step:
-        step *= 2
+    bits = max(count - 1, 0).bit_length()
+    step = 1 << max(bits - 5, 0) if count > 16 else 1 << bits
     return -(-count // step) * step
 
 
