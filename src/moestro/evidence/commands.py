@@ -19,7 +19,7 @@ def papers(
 
     table = Table()
     for name in ("key", "title", "arXiv", "claims shown", "run on", ""):
-        table.add_column(name, no_wrap=name in ("key", "arXiv", "run on"))
+        table.add_column(name, no_wrap=name in ("key", "arXiv", "run on"), overflow="fold")
     for key, module in records.papers().items():
         record = records.load(key)
         if record is None:
