@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from moestro.view.checkpoint import complete_directory, plain_config, write
 from moestro.view.observe import ExpertCounts
 
 DEFAULT_MODEL = "quartet"
-DEFAULT_TASK = ("code",)
+DEFAULT_TASK = ("embedded:code",)
 MAX_LENGTH = 2048
 PROMPT_WORDS, SAMPLES = 12, 4
 
@@ -144,10 +143,8 @@ def fit(
     """
     with ExitStack() as cleanup:
         half = cleanup.enter_context(complete_directory(out, overwrite=overwrite)) if out is not None else None
-        start = time.perf_counter()
         view = model if isinstance(model, opening.ExpertView) else opening.open(model, tokenizer=tokenizer)
         from_path = isinstance(model, str | Path)
-        load_seconds = time.perf_counter() - start if from_path else None
         limits: dict[str, Any] = dict(
             calibration_tokens=calibration_tokens, heldout_tokens=heldout_tokens, max_length=max_length
         )
@@ -155,7 +152,7 @@ def fit(
         choice: dict[str, Any] = dict(memory=memory, experts=experts, saliency=saliency, protect=protect)
         plan = make_plan(view, texts.calibration, seed=seed, progress=progress, **choice)
         prompts = _prompts(texts)
-        before = _measure(view, texts, prompts, load_seconds, "before", progress)
+        before = _measure(view, texts, prompts, "before", progress)
         view.keep_experts(plan.keep)
         if half is not None:  # what is measured is what is shipped
             config = plain_config(view.model, view.stack, view.layers)
@@ -163,10 +160,8 @@ def fit(
             if from_path:  # nobody else holds the whole model
                 view.model.to("meta")
                 gc.collect()
-            start = time.perf_counter()
             view = opening.open(half)
-            load_seconds = time.perf_counter() - start
-        after = _measure(view, texts, prompts, load_seconds, "after", progress)
+        after = _measure(view, texts, prompts, "after", progress)
         report = _report(model, plan, texts, prompts, before, after)
         if half is not None:
             (half / "report.json").write_text(report.model_dump_json(indent=1))
@@ -199,7 +194,6 @@ def _measure(
     view: Any,
     texts: FitData,
     prompts: Sequence[tuple[str, str, str]],
-    load_seconds: float | None,
     when: str,
     progress: bool,
 ) -> _Measured:
@@ -212,7 +206,7 @@ def _measure(
             )
         written = continuations(model, tokenizer, [prompt for _, prompt, _ in prompts])
         speed = tokens_per_second(model, tokenizer)
-    cost = Cost(bytes=view.num_bytes, load_seconds=load_seconds, tokens_per_second=speed)
+    cost = Cost(bytes=view.num_bytes, load_seconds=view.load_seconds, tokens_per_second=speed)
     return _Measured(losses, served, written, cost)
 
 

@@ -8,6 +8,7 @@ verified by `rules`. A model that does not answer this way is refused with the l
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,8 @@ def _nothing_found(model: nn.Module) -> str:
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
-def load(path: str | Path, **kwargs: Any) -> tuple[nn.Module, Any]:
-    """Model and tokenizer (None where the directory has none) from a local directory or the hub.
+def load(path: str | Path, **kwargs: Any) -> tuple[nn.Module, Any, float]:
+    """Model, tokenizer (None where the directory has none) and seconds to load the model, from a directory or the hub.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint is incomplete; nothing has been loaded.
@@ -175,14 +176,17 @@ def load(path: str | Path, **kwargs: Any) -> tuple[nn.Module, Any]:
         check_complete(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     kwargs.setdefault("dtype", "auto")
-    model = model_class(config).from_pretrained(path, config=config, **kwargs).eval()
+    family = model_class(config)
+    start = time.perf_counter()
+    model = family.from_pretrained(path, config=config, **kwargs).eval()
+    seconds = time.perf_counter() - start
     if Path(path).is_dir() and not any(next(Path(path).glob(pattern), None) for pattern in TOKENIZER_FILES):
-        return model, None  # for some families transformers would make up an empty one
+        return model, None, seconds  # for some families transformers would make up an empty one
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, AttributeError):  # a checkpoint may come without one: texts then need it
         tokenizer = None
-    return model, tokenizer
+    return model, tokenizer, seconds
 
 
 def stack_of(model: nn.Module, layers: list[MoELayer]) -> nn.Module:

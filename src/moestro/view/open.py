@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,6 +31,8 @@ class ExpertView:
         """The sub-model that runs from token ids to hidden states."""
         self.original_ids: dict[int, list[int]] = {layer.index: list(range(layer.num_experts)) for layer in self.layers}
         """{layer: for each present expert, its number when the model was opened}"""
+        self.load_seconds: float | None = None
+        """What loading the model took; None for a model that came from memory."""
         self._taps = Taps(self.layers, self.stack)
         self._stated = self.layers[0].num_experts
 
@@ -169,9 +170,10 @@ def open(
     if isinstance(model, str | Path):
         if not Path(model).exists():
             model = bundled_path(str(model)) or model
-        model, found = load(model, **load_options)
-        tokenizer = tokenizer if tokenizer is not None else found
-    elif load_options:
+        model, found, seconds = load(model, **load_options)
+        view = ExpertView(model, found if tokenizer is None else tokenizer, part=part)
+        view.load_seconds = seconds
+        return view
+    if load_options:
         raise TypeError(f"{sorted(load_options)} apply to a path; this model is loaded already")
-    with torch.no_grad():
-        return ExpertView(model, tokenizer, part=part)
+    return ExpertView(model, tokenizer, part=part)
