@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 console = Console()
 
+
 @app.command()
 def fit(
     model: Annotated[str, typer.Argument(help="checkpoint directory, hub name or bundled model")] = "quartet",
