@@ -251,7 +251,7 @@ def test_two_processes_share_the_batches(checkpoint, tmp_path):
     (alone,) = stream(path).observe(batches(), [SlotStats()], progress=False)
     for rank in (0, 1):
         for index, slots in torch.load(tmp_path / f"result{rank}").items():
-            torch.testing.assert_close(slots, vars(alone.by_domain[index]))
+            torch.testing.assert_close(slots, vars(alone.by_domain[index]), rtol=1e-5, atol=1e-5)
 
 
 def test_refuses_the_work_of_another_observation(checkpoint, tmp_path):

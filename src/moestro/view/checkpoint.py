@@ -173,9 +173,14 @@ def write(
         model.save_pretrained(directory)
     finally:
         model.config = former
+    write_beside(directory, tokenizer, original_experts or {})
+
+
+def write_beside(directory: Path, tokenizer: Any, original_experts: Mapping[int, Sequence[int]]) -> None:
+    """What belongs to a checkpoint beside the model: tokenizer and moestro.json."""
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    notes = {"original_experts": {str(i): list(ids) for i, ids in (original_experts or {}).items()}}
+    notes = {"original_experts": {str(i): list(ids) for i, ids in original_experts.items()}}
     (directory / "moestro.json").write_text(json.dumps(notes, indent=1))
 
 

@@ -168,7 +168,7 @@ def load(path: str | Path, **kwargs: Any) -> tuple[nn.Module, Any, float]:
     Raises:
         FileNotFoundError, ValueError: the checkpoint is incomplete; nothing has been loaded.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     from moestro.view.checkpoint import check_complete, model_class
 
@@ -180,13 +180,19 @@ def load(path: str | Path, **kwargs: Any) -> tuple[nn.Module, Any, float]:
     start = time.perf_counter()
     model = family.from_pretrained(path, config=config, **kwargs).eval()
     seconds = time.perf_counter() - start
+    return model, load_tokenizer(path), seconds
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The checkpoint's tokenizer; None where it has none."""
+    from transformers import AutoTokenizer
+
     if Path(path).is_dir() and not any(next(Path(path).glob(pattern), None) for pattern in TOKENIZER_FILES):
-        return model, None, seconds  # for some families transformers would make up an empty one
+        return None  # for some families transformers would make up an empty one
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, AttributeError):  # a checkpoint may come without one: texts then need it
-        tokenizer = None
-    return model, tokenizer, seconds
+        return None
 
 
 def stack_of(model: nn.Module, layers: list[MoELayer]) -> nn.Module:

@@ -161,6 +161,8 @@ def open(
             the measured difference).
         FileNotFoundError: an incomplete checkpoint.
     """
+    if isinstance(model, str | Path) and not Path(model).exists():
+        model = bundled_path(str(model)) or model
     if stream:
         from moestro.view.stream import StreamView
 
@@ -168,8 +170,6 @@ def open(
             raise ValueError("stream=True opens a checkpoint directory; this model is in memory already")
         return StreamView(model, tokenizer=tokenizer, part=part, **load_options)
     if isinstance(model, str | Path):
-        if not Path(model).exists():
-            model = bundled_path(str(model)) or model
         model, found, seconds = load(model, **load_options)
         view = ExpertView(model, found if tokenizer is None else tokenizer, part=part)
         view.load_seconds = seconds

@@ -10,7 +10,6 @@ loaded, cut as planned, converted to the checkpoint's own form and written.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import tempfile
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 import moestro.view.checkpoint as checkpoint
 import moestro.view.surgery as surgery
 from moestro.view.events import Observer
-from moestro.view.layers import MoELayer, _could_route, is_experts
+from moestro.view.layers import MoELayer, _could_route, is_experts, load_tokenizer
 from moestro.view.observe import _merged, _rank_and_world, as_batch, progress_bar
 from moestro.view.open import ExpertView
 from moestro.view.rules import named_tensors
@@ -63,7 +62,7 @@ class StreamView(ExpertView):
         attn_implementation: str | None = None,
         experts_implementation: str | None = None,
     ):
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
         self.path = Path(path)
         if not self.path.is_dir():
@@ -79,12 +78,7 @@ class StreamView(ExpertView):
         _adopt_generation_config(model, self.path)
         with torch.no_grad():
             self._weights.load(self._weights.under(*_router_names(model)))
-            if tokenizer is None:
-                try:
-                    tokenizer = AutoTokenizer.from_pretrained(self.path)
-                except (OSError, ValueError, KeyError, AttributeError):
-                    tokenizer = None
-            super().__init__(model, tokenizer, part=part)
+            super().__init__(model, tokenizer if tokenizer is not None else load_tokenizer(self.path), part=part)
         self._list_name = _list_of(self.layers)
         self._decoder = list(model.get_submodule(self._list_name))
         self._plan: dict[int, list[Callable[[list[MoELayer]], None]]] = {layer.index: [] for layer in self.layers}
@@ -316,10 +310,7 @@ class StreamView(ExpertView):
             config.save_pretrained(half)
             if self.model.can_generate():
                 self.model.generation_config.save_pretrained(half)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(half)
-            notes = {"original_experts": {str(i): ids for i, ids in self.original_ids.items()}}
-            (half / "moestro.json").write_text(json.dumps(notes, indent=1))
+            checkpoint.write_beside(half, self.tokenizer, self.original_ids)
             writer = Writer(half, layout, shard_bytes=shard_bytes)
             try:
                 with progress_bar() as bar, _Ahead(self._weights) as ahead:

@@ -124,6 +124,7 @@ class Weights:
     """
 
     def __init__(self, path: Path, config: Any, *, dtype: Any = "auto", device: str = "cpu"):
+        self._open: list[int] = []
         if getattr(config, "quantization_config", None) is not None:
             method = dict(config.quantization_config).get("quant_method", "an unknown method")
             raise ValueError(
