@@ -195,8 +195,8 @@ class StreamView(ExpertView):
                 return
             walk = Walk(self.stack, self._decoder)
             undo.enter_context(torch.no_grad())
-            undo.enter_context(self._surroundings())
             undo.enter_context(self._taps.observing(observers))
+            undo.enter_context(self._surroundings())
             ahead = undo.enter_context(_Ahead(self._weights))
             for index in range(first, last + 1):
                 with self._loaded(index, ahead), walk.at(index):

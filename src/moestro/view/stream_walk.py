@@ -149,13 +149,8 @@ _changed = partial(_each, lambda t: 0.25 - 0.5 * t if t.is_floating_point() else
 
 def _digest(value: Any) -> Iterator[float]:
     if isinstance(value, Tensor):
-        flat = (
-            (torch.view_as_real(value) if value.is_complex() else value)
-            .detach()
-            .reshape(-1)
-            .double()
-            .nan_to_num(neginf=-1.0)
-        )
+        real = torch.view_as_real(value) if value.is_complex() else value
+        flat = real.detach().reshape(-1).double().nan_to_num(neginf=-1.0)
         yield flat.sum().item()
         yield (flat * torch.linspace(1, 2, len(flat), dtype=torch.float64, device=flat.device)).sum().item()
     elif isinstance(value, Mapping | tuple | list):
