@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import moestro.view.experts_backend  # noqa: F401  registers the backend
 
 BACKENDS = ("moestro", "grouped_mm", "batched_mm", "eager")
+WARM_UP = 3  # rounds: oneDNN compiles a kernel per shape of a bf16 product
 DENSE, PRODUCTS = "dense", "products alone"
 # `batched_mm` copies the weights of every slot: above this size it is left out. `eager` fills and adds a full-size
 # weight gradient per expert: above this many numbers in all slots' inputs it takes many seconds, and is left out.
@@ -76,13 +78,13 @@ class Result:
 
 
 def take_turns(contestants: dict[str, Callable[[int], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round; the argument is the number of the round. One round warms up."""
+    """Seconds of each contestant in each round; `run` gets the number of the round. The first ones warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for r in range(rounds + 1):
+    for r in range(WARM_UP + rounds):
         for name, run in contestants.items():
             start = time.perf_counter()
             run(r)
-            if r:
+            if r >= WARM_UP:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -101,7 +103,7 @@ def summarise(
     return results
 
 
-def build_experts(layer: Layer, dtype: torch.dtype) -> nn.Module:
+def build_experts(layer: Layer, dtype: torch.dtype) -> Any:
     config = Qwen3MoeConfig(hidden_size=layer.hidden, moe_intermediate_size=layer.width, num_experts=layer.experts)
     experts = Qwen3MoeExperts(config).to(dtype)
     for p in experts.parameters():
@@ -132,7 +134,7 @@ def time_layer(task: str, layer: Layer, dtype: torch.dtype, rounds: int, *, trai
     direction = torch.randn(layer.tokens, layer.hidden).to(dtype)
     up = (0.02 * torch.randn(2 * layer.slots * layer.width, layer.hidden)).to(dtype).requires_grad_(train)
     down = (0.02 * torch.randn(layer.hidden, layer.slots * layer.width)).to(dtype).requires_grad_(train)
-    routes = [route(layer, dtype, seed) for seed in range(rounds + 1)]
+    routes = [route(layer, dtype, seed) for seed in range(WARM_UP + rounds)]
 
     def finish(out: Tensor) -> None:
         if train:
@@ -170,7 +172,7 @@ def time_layer(task: str, layer: Layer, dtype: torch.dtype, rounds: int, *, trai
                 torch.mm(u[part], w_up, out=x[part])
 
     names = runnable(layer, dtype, train)
-    contestants: dict[str, Callable[[int], None]] = {n: (lambda r, n=n: run_experts(n, r)) for n in names}
+    contestants: dict[str, Callable[[int], None]] = {n: partial(run_experts, n) for n in names}
     contestants |= {DENSE: run_dense, PRODUCTS: run_products}
     with torch.set_grad_enabled(train):
         seconds = take_turns(contestants, rounds)
@@ -179,7 +181,7 @@ def time_layer(task: str, layer: Layer, dtype: torch.dtype, rounds: int, *, trai
 
 def time_model(dtype: torch.dtype, rounds: int, batch: int, length: int) -> list[Result]:
     """One training step of a whole model of quartet's size."""
-    config = Qwen3MoeConfig(
+    size: dict[str, Any] = dict(
         vocab_size=6144,
         hidden_size=192,
         num_hidden_layers=6,
@@ -193,7 +195,8 @@ def time_model(dtype: torch.dtype, rounds: int, batch: int, length: int) -> list
         output_router_logits=True,
         tie_word_embeddings=True,
     )
-    model = Qwen3MoeForCausalLM(config).to(dtype)
+    model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**size))
+    model = model.to(dtype)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step(name: str, r: int) -> None:
@@ -204,7 +207,7 @@ def time_model(dtype: torch.dtype, rounds: int, batch: int, length: int) -> list
         optimiser.zero_grad()
 
     names = [name for name in BACKENDS if name != "batched_mm"]
-    seconds = take_turns({n: (lambda r, n=n: step(n, r)) for n in names}, rounds)
+    seconds = take_turns({n: partial(step, n) for n in names}, rounds)
     return summarise("training step of a model", f"quartet's size, {batch} x {length} tokens", dtype, seconds, None)
 
 
@@ -247,7 +250,7 @@ def main(
     for dtype in (torch.float32, torch.bfloat16):
         results += time_model(dtype, min(rounds, 5), batch, length)
 
-    Console().print(as_table(results))
+    Console(width=120).print(as_table(results))
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,

@@ -50,7 +50,7 @@ CALLBACK_ROWS = 4096
 # Overhead of one matrix product, in multiply-adds that would take as long (about 20 microseconds), and what a
 # product of one expert loses against a batch that every thread takes an equal part of.
 CALL_COST = {2: 4_000_000, 4: 1_000_000, 8: 500_000}  # by bytes per element
-SINGLE_PENALTY = 1.1
+SINGLE_PENALTY = 1.05
 
 
 def experts_forward(
@@ -232,7 +232,7 @@ def _capacity(count: int, dtype: torch.dtype) -> int:
     if dtype.itemsize > 2:
         return count
     bits = max(count - 1, 0).bit_length()
-    step = 1 << max(bits - 5, 0) if count > 16 else 1 << bits
+    step = 1 << max(bits - 5, 3) if count > 16 else 1 << bits
     return -(-count // step) * step
 
 
