@@ -448,11 +448,11 @@ def small_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
         return [
             Document(" ".join(f"w{2 + 40 * experiment.DOMAINS.index(d) + i}" for i in ids), domain=d, split=split)
             for d in wanted
-            for ids in torch.randint(0, 40, (4, 30), generator=generator).tolist()
+            for ids in torch.randint(0, 40, (12, 100), generator=generator).tolist()
         ]
 
     monkeypatch.setattr(experiment, "embedded", texts)
-    for name, value in (("FEWER", 2), ("DEMONSTRATIONS", 4), ("MOST", 8), ("SHARES", ("50%", "25%"))):
+    for name, value in (("HELDOUT_PROMPTS", 6), ("SHARES", ("50%", "25%"))):
         monkeypatch.setattr(experiment, name, value)
 
 
@@ -465,7 +465,7 @@ def test_the_experiment_measures_every_score_in_every_setting(checkpoint: str, s
     assert again.model_dump_json() == evidence.model_dump_json()
     assert str(experiment.claims(Rows(again.rows))) == str(evidence.claims)  # as text: NaN is not itself
     scores = {row.setting["score"] for row in evidence.rows if row.metric == experiment.OWN}
-    assert scores == {"random", *experiment.SCORES, experiment.ON_TEXTS}
+    assert scores == {"random", *experiment.SCORES}
     for row in evidence.rows:
         draws = 1 if row.metric == experiment.WHOLE else 4 if row.setting.get("score") == "random" else 2
         assert len(row.values) == draws, row
@@ -476,15 +476,23 @@ def test_the_experiment_measures_every_score_in_every_setting(checkpoint: str, s
 def test_what_is_measured_is_what_deletion_costs(checkpoint: str, small_experiment: None) -> None:
     view = moestro.open(checkpoint, dtype=torch.float32)
     _, sums = experiment.observe(view, 0, 6, 4)
-    data = token_batches(experiment.embedded(experiment.DOMAINS, "heldout"), view.tokenizer, max_length=16)
-    whole = {d: loss for d, (loss, _) in heldout_loss(view.model, data, progress=False).items()}
+    texts = experiment.embedded(experiment.DOMAINS, "heldout")
+    data = token_batches(texts, view.tokenizer, max_length=16)
+    (answers,) = demonstrations(view, [experiment.windows(texts, view.tokenizer, 6, 5, seed=0)], 4, progress=False)
     done: list[bool] = []
-    pruning = experiment.Pruning(view, data, whole, on_done=lambda: done.append(True))
-    scores = easy_ep(sums.domain("code"))
-    increase = pruning.increase(scores, 4)
+    pruning = experiment.Pruning(view, data, {"code": answers}, 6, on_done=lambda: done.append(True))
+    scores = easy_ep(sums.domain("code, 25"))
+    increase = pruning.increase(scores, 4, ["code"])
     view.keep_experts(keep_best(view.layers, scores, 4))
-    cut = {d: loss - whole[d] for d, (loss, _) in heldout_loss(view.model, data, progress=False).items()}
-    assert increase == pytest.approx(cut, abs=1e-5)
+    cut = {d: loss for d, (loss, _) in heldout_loss(view.model, data, progress=False).items()}
+    one_by_one = []
+    for ids, real in zip(answers.input_ids, answers.attention_mask):
+        ids = ids[real.bool()]
+        with torch.no_grad():
+            logits = view.model(ids[None]).logits[0]
+        one_by_one += [-float(logits[i - 1].log_softmax(-1)[ids[i]]) for i in range(6, len(ids))]
+    cut["code, answers"] = statistics.fmean(one_by_one)
+    assert increase == pytest.approx({name: loss - pruning.whole[name] for name, loss in cut.items()}, abs=1e-5)
     assert done == [True]
 
 

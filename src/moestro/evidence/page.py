@@ -46,13 +46,13 @@ def tables(rows: Iterable[Row]) -> list[Table]:
 
 
 def _number(row: Row) -> str:
-    return f"{row.mean:.3f} ± {row.sd:.3f}" if len(row.values) > 1 else f"{row.mean:.3f}"
+    return f"{row.mean:z.3f} ± {row.sd:.3f}" if len(row.values) > 1 else f"{row.mean:z.3f}"
 
 
 def claim_cells(claim: Claim) -> list[str]:
     """The claim, what was measured, what was needed, and the verdict."""
     verdict = "shown" if claim.holds else f"not shown: {claim.reason or 'the reason is not known yet'}"
-    return [claim.name, f"{claim.measured:.3f}", f"{claim.relation} {claim.needed:g}", verdict]
+    return [claim.name, f"{claim.measured:z.3f}", f"{claim.relation} {claim.needed:g}", verdict]
 
 
 def markdown() -> str:
