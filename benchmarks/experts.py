@@ -12,6 +12,7 @@ expert and projection into memory at hand: what remains of a layer without routi
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -258,6 +259,8 @@ def main(
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "load_average": os.getloadavg()[0],  # well above the number of cores: ratios hold, milliseconds do not
         "results": [asdict(r) for r in results],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
