@@ -5,7 +5,7 @@ A paper is one module of this package. Its name is the paper's key with undersco
     TITLE, ARXIV   of the paper
     CLAIM          what the paper claims, in one sentence
     SOURCES        files of moestro (patterns, relative to the package) that the result depends on, beside the module
-    QUICK          keyword arguments for `run` that make it a matter of a minute
+    QUICK          keyword arguments for `run` that make it a matter of a minute or two
     NOT_SHOWN      {name of a claim: why it does not hold at this scale}, written after the measurement
     run(*, progress, ...) -> Evidence
 

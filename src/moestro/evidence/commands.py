@@ -42,7 +42,7 @@ def _staleness(changed: list[str]) -> str:
 def reproduce(
     keys: Annotated[list[str] | None, typer.Argument(help="papers to run, by key (see `moestro papers`)")] = None,
     everything: Annotated[bool, typer.Option("--all", help="run every paper")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="fewer draws and less data: about a minute each")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer draws and less data: a minute or two each")] = False,
     model: Annotated[str | None, typer.Option(help="another checkpoint than the bundled model")] = None,
 ) -> None:
     """Run a paper's experiment, print what it measured and which of its claims hold.
