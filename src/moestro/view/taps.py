@@ -345,7 +345,8 @@ class Taps:
             owner = decoder_layer(self.stack, layer)
             for module in owner.modules():
                 own = list(module.parameters(recurse=False))
-                if own and all(p.dim() == 1 for p in own) and not list(module.children()):
+                plain = own and all(p.dim() == 1 for p in own) and not list(module.children())
+                if plain or "norm" in type(module).__name__.lower():  # a gated norm has parts of its own
                     hook = module.register_forward_hook(partial(self._on_norm, layer.index))
                     undo.callback(hook.remove)
 
