@@ -40,3 +40,11 @@ def test_the_examples_of_the_seams_page_run(view):
     with torch.no_grad():
         assert not torch.equal(names["sharp"], view.model(ids).logits)
     assert [layer.num_experts for layer in view.layers] == [4, 4]
+
+
+def test_the_look_and_steer_example_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    (example,) = [block for block in blocks if "view.edits" in block]
+    exec(compile(example.replace("max_length=512", "max_length=64"), "README.md", "exec"), {})
+    assert [layer.num_experts for layer in moestro.open("smaller").layers] == [16] * 6
