@@ -18,6 +18,7 @@ import mmap
 import os
 import re
 import struct
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -124,7 +125,6 @@ class Weights:
     """
 
     def __init__(self, path: Path, config: Any, *, dtype: Any = "auto", device: str = "cpu"):
-        self._open: list[int] = []
         if getattr(config, "quantization_config", None) is not None:
             method = dict(config.quantization_config).get("quant_method", "an unknown method")
             raise ValueError(
@@ -133,8 +133,9 @@ class Weights:
             )
         self.path, self.device = path, device
         self.files = weight_files(path)
-        self._open = [os.open(file, os.O_RDONLY) for file in self.files]
-        self.stored = {key: stored for file, fd in zip(self.files, self._open) for key, stored in _header(file, fd)}
+        opened = [os.open(file, os.O_RDONLY) for file in self.files]
+        weakref.finalize(self, _close, opened)
+        self.stored = {key: stored for file, fd in zip(self.files, opened) for key, stored in _header(file, fd)}
         config, dtype = modeling_utils._get_dtype(dtype, [str(f) for f in self.files], config, None, None, True)
         self.model: Any = _skeleton(model_class(config), config, dtype)
         plan = self.model._get_dtype_plan(dtype)
@@ -155,14 +156,6 @@ class Weights:
         self.model._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)
         self.model._initialize_missing_keys(False)
         self.model.eval()
-
-    def close(self) -> None:
-        for fd in self._open:
-            os.close(fd)
-        self._open = []
-
-    def __del__(self) -> None:
-        self.close()
 
     @property
     def nbytes(self) -> int:
@@ -266,6 +259,11 @@ class Weights:
         return revert_weight_conversion(self.model, dict(state))
 
 
+def _close(files: Iterable[int]) -> None:
+    for fd in files:
+        os.close(fd)
+
+
 def _header(file: Path, fd: int) -> Iterator[tuple[str, Stored]]:
     """The tensors that one safetensors file holds."""
     (length,) = struct.unpack("<Q", os.pread(fd, 8, 0))
@@ -363,8 +361,7 @@ class Writer:
             _write(fd, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), offset)
 
     def close(self) -> None:
-        for fd in self._files:
-            os.close(fd)
+        _close(self._files)
         self._files = []
 
     def finish(self) -> None:
