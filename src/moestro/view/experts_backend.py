@@ -26,6 +26,9 @@ Expert weights are handled as views [E, in, out], whichever way a family stores 
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +54,10 @@ CALLBACK_ROWS = 4096
 # product of one expert loses against a batch that every thread takes an equal part of.
 CALL_COST = {2: 4_000_000, 4: 1_000_000, 8: 500_000}  # by bytes per element
 SINGLE_PENALTY = 1.05
+# Buffers from this size on, which malloc takes from the kernel anew each time, ask for huge pages: faults of 4 KB pages
+# in a layer's weight gradients cost as much time as the products that fill them.
+HUGE_BUFFER_BYTES = 32 << 20
+HUGE_PAGE_BYTES = 2 << 20
 
 
 def experts_forward(
@@ -273,7 +280,7 @@ def _run_chunks(
     """The forward; `kept_u` receives the up-projections that the backward needs."""
     rows, k, dtype = len(plan.token), weights.shape[1], family.dtype
     tokens = hidden.to(dtype)
-    y_all = torch.empty(rows + 1, hidden.shape[1], dtype=dtype)
+    y_all = _empty(rows + 1, hidden.shape[1], dtype=dtype)
     y_all[rows] = 0  # a sentinel's output
     for chunk in plan.chunks:
         first, stop = chunk[0].start, chunk[-1].stop
@@ -296,7 +303,7 @@ def _run_chunks(
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, family, plan, on_outputs, hidden, weights, up, down, up_bias, down_bias, *others):
-        kept_u = torch.empty(len(plan.token), up.shape[2], dtype=family.dtype)
+        kept_u = _empty(len(plan.token), up.shape[2], dtype=family.dtype)
         out = _run_chunks(family, plan, hidden, weights, on_outputs, kept_u)
         ctx.save_for_backward(hidden, weights, kept_u, up, down, up_bias, down_bias, *others)
         ctx.family, ctx.plan = family, plan
@@ -316,7 +323,7 @@ class _Experts(torch.autograd.Function):
         w_all = torch.zeros(rows, 1, dtype=dtype)
         w_all[plan.row, 0] = weights.reshape(-1)[plan.order].to(dtype)
 
-        d_x = torch.empty(rows + 1, hidden.shape[1], dtype=dtype) if need_hidden else None
+        d_x = _empty(rows + 1, hidden.shape[1], dtype=dtype) if need_hidden else None
         d_w = torch.zeros(rows + 1, dtype=weights.dtype)
         d_up = _room_for_gradient(up, plan) if need_up else None
         d_down = _room_for_gradient(down, plan) if need_down else None
@@ -402,12 +409,28 @@ def _weight_gradient(group: _Group, first: int, x: Tensor, d_y: Tensor, *, out: 
 
 def _room_for_gradient(weight: Tensor, plan: _Plan) -> Tensor:
     """Only experts without tokens need zeros: the products write all others."""
-    grad, end = torch.empty_like(weight), 0
+    grad, end = _on_huge_pages(torch.empty_like(weight)), 0
     for group in (group for chunk in plan.chunks for group in chunk):
         grad[end : group.lo].zero_()
         end = group.hi
     grad[end:].zero_()
     return grad
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return _on_huge_pages(torch.empty(*shape, dtype=dtype))
+
+
+def _on_huge_pages(fresh: Tensor) -> Tensor:
+    """The same tensor, whose memory the kernel may hand out in huge pages (where it leaves the choice to programs)."""
+    if _MADVISE is not None and fresh.nbytes >= HUGE_BUFFER_BYTES:
+        start = -(-fresh.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        stop = (fresh.data_ptr() + fresh.nbytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        _MADVISE(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_HUGEPAGE)  # advice: may be refused
+    return fresh
+
+
+_MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 
 
 def _combine(y: Float[Tensor, "p h"], place: Int[Tensor, "n k"], weights: Float[Tensor, "n k"] | None) -> Tensor:
