@@ -13,13 +13,13 @@ so that edited logits can be routed again exactly as the family would. Shapes: N
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -32,11 +32,39 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Routing(NamedTuple):
-    """The router triple. A slot whose weight is 0 is unused, whatever its index."""
+    """The router triple. A slot whose weight is 0 is unused, whatever its index; native routers give it index E."""
 
     logits: Float[Tensor, "n e"]
     weights: Float[Tensor, "n k"]
     indices: Int[Tensor, "n k"]
+
+
+@dataclass
+class RoutingContext:
+    """What a router may know beyond the hidden states of its N = B * T tokens: one object a layer and forward pass."""
+
+    shape: tuple[int, int]
+    """(B, T): token n is position n % T of row n // T."""
+    mask: Bool[Tensor, "b t"] | None = None
+    """True where there is a token, False at padding; None where there is no padding."""
+    input_ids: Int[Tensor, "b t"] | None = None
+    labels: Mapping[str, Int[Tensor, "b t"]] = field(default_factory=dict)
+    """What else is known of each token, by name: "modality", "task", "prompt"."""
+    attentions: Float[Tensor, "b a t s"] | None = None
+    """Attention weights of the same decoder layer, where the attention implementation gives them (eager)."""
+    layer: int = 0
+    """Number of the decoder layer."""
+    progress: float = 1.0
+    """Share of the training that is done, for what is scheduled."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """What the layers below handed on; a router (or residual) puts in what the layers above shall find."""
+    memory: dict[str, Tensor] | None = None
+    """What this layer kept of the earlier positions, beside the KV cache; None where nothing is cached."""
+
+    @property
+    def real(self) -> Bool[Tensor, " n"] | None:
+        """Which of the N tokens are no padding; None for all."""
+        return None if self.mask is None else self.mask.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -147,7 +175,19 @@ def _sparsemixer(logits: Tensor, prefer: Tensor | None, jitter: float) -> Routin
     return Routing(logits, torch.cat(weights, 1), torch.cat(indices, 1))
 
 
+def sparsify(weights: Float[Tensor, "n e"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """(gate weights, indices) of the experts whose weight is not 0: the inverse of `dense_weights`.
+
+    K is the largest number of experts of any token, at least 1; unused slots have weight 0 and index E.
+    """
+    used = weights != 0
+    k = max(int(used.sum(dim=-1).max()), 1) if len(weights) else 1
+    order = weights.detach().masked_fill(~used, float("-inf")).topk(k, dim=-1).indices
+    taken = used.gather(1, order)
+    return weights.gather(1, order).masked_fill(~taken, 0.0), order.masked_fill(~taken, weights.shape[1])
+
+
 def dense_weights(routing: Routing, num_experts: int) -> Float[Tensor, "n e"]:
     """Gate weight of every expert for every token: 0 where it was not chosen."""
-    dense = routing.weights.new_zeros(len(routing.weights), num_experts)
-    return dense.scatter_add_(1, routing.indices.long(), routing.weights)
+    dense = routing.weights.new_zeros(len(routing.weights), num_experts + 1)  # the last column takes unused slots
+    return dense.scatter_add(1, routing.indices.long(), routing.weights)[:, :num_experts]

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moestro.layers.routers.base import Router
 from moestro.routing import RoutingRule
 from moestro.view.rules import RouterCall, derive_rule
 
@@ -115,6 +116,8 @@ def _attach(model: nn.Module, block_name: str, experts_name: str, index: int, li
     for name, child in block.named_children():
         if child is experts or not _could_route(child, num_experts):
             continue
+        if isinstance(child, Router) and child.rule is None:
+            return MoELayer(index, block_name, block, child, name, experts_name, None, child.no_rule)
         if any(p.is_meta for p in child.parameters()):
             attempts.append(f"{name}: its weights are on the meta device; load them, or open with stream=True")
             continue
@@ -142,6 +145,8 @@ def _attach(model: nn.Module, block_name: str, experts_name: str, index: int, li
 
 
 def _could_route(module: nn.Module, num_experts: int) -> bool:
+    if isinstance(module, Router):
+        return True
     return any(p.dim() >= 1 and num_experts <= p.shape[0] <= num_experts + 8 for p in module.parameters())
 
 
