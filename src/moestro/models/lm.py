@@ -74,7 +74,7 @@ class MoELMConfig(Qwen3MoeConfig):
 def named(table: Mapping[str, Any], kind: Kind, what: str) -> tuple[Any, dict[str, Any]]:
     """(entry of `table`, options) of a config value. Raises ValueError that lists what is known."""
     options = {"kind": kind} if isinstance(kind, str) else dict(kind)
-    name = options.pop("kind", None)
+    name = str(options.pop("kind", None))
     if name not in table:
         raise ValueError(f"{what}={name!r} is not known; there are {', '.join(table)}")
     return table[name], options
@@ -168,7 +168,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         make_residual, residual_options = named(RESIDUALS, config.residual, "residual")
-        if layer in config.moe_layers:
+        if layer in (config.moe_layers or ()):
             make_block, block_options = named(BLOCKS, config.block, "block")
             self.mlp = make_block(config, layer, common, **block_options)
             self.residual = make_residual(config, layer, **residual_options)

@@ -18,6 +18,7 @@ class HashRouter(Router):
     """Each token id has its `top_k` experts, drawn once by seed. Nothing is learned."""
 
     no_rule = "experts are looked up by token id: there is no choice to re-run"
+    table: Tensor
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, vocab_size: int, seed: int = 0):
         super().__init__(hidden_size, num_experts, top_k)
@@ -55,6 +56,7 @@ class ExpertChoiceRouter(Router):
     """
 
     no_rule = "experts choose tokens: a token's logits alone do not decide"
+    threshold: Tensor
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, momentum: float = 0.99):
         super().__init__(hidden_size, num_experts, top_k)

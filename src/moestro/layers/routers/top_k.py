@@ -27,6 +27,9 @@ class TopKRouter(Router):
     Raises ValueError for a negative bias_rate or an unknown score.
     """
 
+    e_score_correction_bias: Tensor
+    slots_seen: Tensor
+
     def __init__(
         self,
         hidden_size: int,
