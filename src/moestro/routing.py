@@ -85,6 +85,10 @@ class RoutingRule:
     group_fill: float = float("-inf")
     softmax_of_chosen: bool = False
     """The normalised softmax computed from the chosen logits alone: the same weights, rounded like gpt-oss's."""
+    top_p: float | None = None
+    """Every token takes experts until they hold this share of its scores, `top_k` of them at least; None: `top_k`."""
+    max_experts: int | None = None
+    """With `top_p`: no token takes more; None: up to all."""
     fp32: bool = True
     """Scores are computed in fp32 whatever the logits' dtype; False: in the logits' own dtype."""
     null_experts: int = 0
@@ -115,6 +119,9 @@ class RoutingRule:
             choice = choice + prefer.masked_fill(closed, 0.0)
         if self.groups > 1:
             choice = self._limit_to_groups(choice).masked_fill(closed, float("-inf"))
+        if self.top_p is not None:
+            weights, indices = self._until(self.top_p, scores, choice)
+            return Routing(logits, self._scaled(weights, indices.clamp(max=logits.shape[1] - 1)), indices)
         indices = torch.topk(choice, self.top_k, dim=-1, sorted=True).indices
         weights = z.gather(1, indices).softmax(dim=-1) if self.softmax_of_chosen else scores.gather(1, indices)
         if self.null_experts:
@@ -122,11 +129,35 @@ class RoutingRule:
             weights, indices = weights.masked_fill(null, 0.0), indices.masked_fill(null, 0)
         if self.normalize and not self.softmax_of_chosen:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        return Routing(logits, self._scaled(weights, indices), indices)
+
+    def _scaled(self, weights: Tensor, indices: Tensor) -> Tensor:
         if self.scale != 1.0:
             weights = weights * self.scale
         if self.expert_scale is not None:
             weights = weights * self.expert_scale()[indices]
-        return Routing(logits, weights, indices)
+        return weights
+
+    def _until(self, p: float, scores: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights, indices) of the best experts that hold share `p` of each token's scores (arXiv:2403.07652).
+
+        p = 1 takes all, whatever rounding makes of the sum.
+        """
+        experts = choice.shape[1]
+        most = min(max(self.max_experts or experts, self.top_k), experts)
+        ranked, indices = torch.topk(choice, most, dim=-1, sorted=True)
+        weights = scores.gather(1, indices)
+        share = weights.detach().float() / scores.detach().float().sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        before = F.pad(share.cumsum(dim=-1)[:, :-1], (1, 0))
+        unused = before >= p if p < 1 else torch.zeros_like(before, dtype=torch.bool)
+        unused[:, : self.top_k] = False
+        unused |= torch.isneginf(ranked)
+        used = max(int((~unused).sum(dim=-1).max()), 1) if len(unused) else 1
+        weights, indices, unused = weights[:, :used], indices[:, :used], unused[:, :used]
+        weights, indices = weights.masked_fill(unused, 0.0), indices.masked_fill(unused, experts)
+        if self.normalize or self.softmax_of_chosen:
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        return weights, indices
 
     def _limit_to_groups(self, choice: Tensor) -> Tensor:
         """Close all but the best groups of experts (DeepSeek-V2 and -V3)."""
@@ -141,7 +172,8 @@ class RoutingRule:
 
     def describe(self) -> str:
         """The rule in one line, for errors and reports."""
-        parts = [f"top-{self.top_k} of {'SparseMixer' if self.sparsemixer is not None else self.score}"]
+        number = f"top-{self.top_k}" if self.top_p is None else f"top-p {self.top_p:g}"
+        parts = [f"{number} of {'SparseMixer' if self.sparsemixer is not None else self.score}"]
         if self.choose_on == "logits":
             parts.append("chosen on logits")
         if self.bias is not None:

@@ -40,6 +40,17 @@ def router_entropy(routing: Routing, probabilities: Float[Tensor, "n e"], contex
     return _mean(torch.special.entr(probabilities).sum(dim=-1), context.real)
 
 
+def top_p_balance(routing: Routing, probabilities: Float[Tensor, "n e"], context: RoutingContext) -> Float[Tensor, ""]:
+    """E * sum_e f_e P_e; f: share of the tokens that e serves, P: mean probability.
+
+    When even, the mean number of experts a token uses. "Harder Tasks Need More Experts" (arXiv:2403.07652).
+    """
+    real = context.real
+    slots = _slots(routing, probabilities.shape[1], real).sum(dim=0)
+    tokens = len(probabilities) if real is None else real.sum().clamp(min=1)
+    return len(slots) * (slots / tokens * _mean(probabilities, real)).sum()
+
+
 def expert_balance(routing: Routing, probabilities: Float[Tensor, "n e"], context: RoutingContext) -> Float[Tensor, ""]:
     """sum_e f_e P_e within each sequence, averaged over sequences; f_e = E / (K T) * slots. 1 when even.
 
@@ -67,6 +78,7 @@ LOSSES: dict[str, Loss] = {
     "load_balance": load_balance,
     "router_z": router_z,
     "router_entropy": router_entropy,
+    "top_p_balance": top_p_balance,
     "expert_balance": expert_balance,
     "device_balance": device_balance,
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moestro.layers.losses import LOSSES
 from moestro.layers.routers.base import Router
-from moestro.routing import RoutingContext
+from moestro.routing import Routing, RoutingContext
 
 
 class MoE(nn.Module):
@@ -51,7 +51,7 @@ class MoE(nn.Module):
         flat = hidden.reshape(-1, hidden.shape[-1])
         if context is None:
             context = RoutingContext(shape=(hidden.shape[0], hidden.shape[1]) if hidden.dim() == 3 else (1, len(flat)))
-        routing = self.router(flat, context)
+        routing = Routing(*self.router(flat, context))  # edits of an open model give a plain triple
         out = self.experts(flat, routing.indices, routing.weights.to(flat.dtype))
         if hasattr(self, "shared"):
             out = out + self.shared(flat)

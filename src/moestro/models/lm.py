@@ -63,6 +63,7 @@ class MoELMConfig(Qwen3MoeConfig):
     shared_intermediate_size: int = 0
     router_losses: dict[str, Any] | None = None
     norm_topk_prob: bool = True
+    __no_type_check__ = True  # configs take any further keyword; jaxtyping's check of dataclasses would refuse it
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.moe_layers = list(range(self.num_hidden_layers)) if self.moe_layers is None else list(self.moe_layers)

@@ -128,7 +128,9 @@ def _attach(model: nn.Module, block_name: str, experts_name: str, index: int, li
             attempts.append(f"{name}: {e}")
             continue
         layer = MoELayer(index, block_name, block, child, name, experts_name, None)
-        if call.by_token_id:
+        if isinstance(child, Router) and child.rule is not None and child.rule.top_p is not None:
+            layer.rule = child.rule  # the number of slots depends on the tokens: no probe could tell the rule
+        elif call.by_token_id:
             layer.no_rule = "experts are looked up by token id: there is no choice to re-run"
         elif routing.logits.shape[1] < num_experts:
             layer.no_rule = f"returns {routing.logits.shape[1]} logits for {num_experts} experts"

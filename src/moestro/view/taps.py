@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -41,7 +42,12 @@ ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_forward)
 
 
 def _where(rows: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    return new if rows is None else torch.where(rows, new.to(old.dtype), old)
+    """`new` in the rows (None: all), `old` elsewhere; the one with fewer slots gets unused ones, of weight 0."""
+    if rows is None:
+        return new
+    width = max(new.shape[1], old.shape[1])
+    new, old = (F.pad(t, (0, width - t.shape[1])) for t in (new, old))
+    return torch.where(rows, new.to(old.dtype), old)
 
 
 class Taps:
@@ -186,7 +192,8 @@ class Taps:
             return None
         returned = edited.logits.softmax(-1) if layer.rule and layer.rule.returns_probabilities else edited.logits
         new = (returned, edited.weights, edited.indices)
-        return (*(n.to(o.dtype).reshape(o.shape) for n, o in zip(new, out[:3])), *out[3:])
+        # an edit may change the number of slots
+        return (*(n.to(o.dtype).reshape(*o.shape[:-1], n.shape[-1]) for n, o in zip(new, out[:3])), *out[3:])
 
     def _edited(self, layer: MoELayer, routing: Routing, edits: list[Edit]) -> Routing:
         on_logits = [e for e in edits if e.changes_logits]

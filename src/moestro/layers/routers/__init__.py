@@ -10,6 +10,7 @@ from typing import Any
 from moestro.layers.routers.base import Router
 from moestro.layers.routers.baselines import ExpertChoiceRouter, HashRouter, RandomRouter
 from moestro.layers.routers.top_k import TopKRouter
+from moestro.layers.routers.top_p import TopPRouter
 
 ROUTERS: dict[str, Callable[..., Any]] = {
     "top_k": TopKRouter,
@@ -18,6 +19,7 @@ ROUTERS: dict[str, Callable[..., Any]] = {
     "expert_choice": ExpertChoiceRouter,
     "hash": HashRouter,
     "random": RandomRouter,
+    "top_p": TopPRouter,
 }
 
 __all__ = ["ROUTERS", "Router"]

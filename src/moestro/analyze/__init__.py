@@ -1,0 +1,1 @@
+"""Observers of experts, and what they conclude."""

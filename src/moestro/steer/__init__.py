@@ -1,0 +1,1 @@
+"""Edits and adaptation at inference: what a model does changes, its weights stay."""
