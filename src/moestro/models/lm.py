@@ -11,10 +11,8 @@ Shapes: B batch, T sequence, N = B * T tokens, H hidden, E experts, V vocabulary
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,11 +33,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from moestro.layers import MoE, gather_losses
 from moestro.layers.experts import EXPERTS
 from moestro.layers.experts.feed_forward import FeedForwardExperts
+from moestro.layers.kinds import Kind, make, named
 from moestro.layers.routers import ROUTERS, Router
 from moestro.routing import RoutingContext
-
-Kind = str | dict[str, Any]
-"""A name, or {"kind": name, and that kind's options}."""
 
 
 class MoELMConfig(Qwen3MoeConfig):
@@ -70,15 +66,6 @@ class MoELMConfig(Qwen3MoeConfig):
         if unknown := [i for i in self.moe_layers if not 0 <= i < self.num_hidden_layers]:
             raise ValueError(f"moe_layers names layer {unknown[0]}; there are {self.num_hidden_layers}")
         super().__post_init__(**kwargs)
-
-
-def named(table: Mapping[str, Any], kind: Kind, what: str) -> tuple[Any, dict[str, Any]]:
-    """(entry of `table`, options) of a config value. Raises ValueError that lists what is known."""
-    options = {"kind": kind} if isinstance(kind, str) else dict(kind)
-    name = str(options.pop("kind", None))
-    if name not in table:
-        raise ValueError(f"{what}={name!r} is not known; there are {', '.join(table)}")
-    return table[name], options
 
 
 class RMSNorm(nn.Module):
@@ -128,13 +115,8 @@ def build_router(config: MoELMConfig, num_experts: int, common: Common) -> Route
     """
     make_router, options = named(ROUTERS, config.router, "router")
     offered = {"vocab_size": config.vocab_size, "common": common, "normalize": config.norm_topk_prob}
-    wanted = inspect.signature(make_router).parameters
-    offered = {name: value for name, value in offered.items() if name in wanted and name not in _fixed(make_router)}
-    return make_router(config.hidden_size, num_experts, config.num_experts_per_tok, **offered | options)
-
-
-def _fixed(make: Any) -> dict[str, Any]:
-    return make.keywords if isinstance(make, partial) else {}
+    sizes = config.hidden_size, num_experts, config.num_experts_per_tok
+    return make(make_router, *sizes, options=options, offered=offered)
 
 
 BLOCKS: dict[str, Callable[..., nn.Module]] = {"moe": build_moe}

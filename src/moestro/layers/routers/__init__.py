@@ -7,10 +7,33 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from moestro.layers.kinds import Kind, make, named
 from moestro.layers.routers.base import Router
 from moestro.layers.routers.baselines import ExpertChoiceRouter, HashRouter, RandomRouter
+from moestro.layers.routers.comet import CometRouter
+from moestro.layers.routers.permutation import PermutationSearch, PermutedRouter
 from moestro.layers.routers.top_k import TopKRouter
 from moestro.layers.routers.top_p import TopPRouter
+
+
+def permuted(
+    hidden_size: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    router: Kind = "top_k",
+    steps: int,
+    vocab_size: int,
+    normalize: bool = True,
+    common: Any = None,
+    **search: Any,
+) -> PermutedRouter:
+    """A router by its name, its experts permuted by a search of so many steps with the options of PermutationSearch."""
+    maker, options = named(ROUTERS, router, "router")
+    offered = {"vocab_size": vocab_size, "normalize": normalize, "common": common}
+    inner = make(maker, hidden_size, num_experts, top_k, options=options, offered=offered)
+    return PermutedRouter(inner, PermutationSearch(num_experts, steps, **search))
+
 
 ROUTERS: dict[str, Callable[..., Any]] = {
     "top_k": TopKRouter,
@@ -19,6 +42,8 @@ ROUTERS: dict[str, Callable[..., Any]] = {
     "expert_choice": ExpertChoiceRouter,
     "hash": HashRouter,
     "random": RandomRouter,
+    "comet": CometRouter,
+    "permuted": permuted,
     "top_p": TopPRouter,
 }
 
