@@ -34,6 +34,7 @@ from moestro.layers import MoE, gather_losses
 from moestro.layers.experts import EXPERTS
 from moestro.layers.experts.feed_forward import FeedForwardExperts
 from moestro.layers.kinds import Kind, make, named
+from moestro.layers.momentum import AdamFirst, HeavyBall, RobustMomentum
 from moestro.layers.routers import ROUTERS, Router
 from moestro.routing import RoutingContext
 
@@ -136,8 +137,16 @@ class PlainResidual(nn.Module):
         return x + v
 
 
-RESIDUALS: dict[str, Callable[..., nn.Module]] = {"plain": PlainResidual}
-"""How a sparse block's output joins the stream: (config, layer, **options) -> module called with (x, v, context)."""
+RESIDUALS: dict[str, Callable[..., nn.Module]] = {
+    "plain": PlainResidual,
+    "heavy_ball": lambda config, layer, **options: HeavyBall(**options),
+    "adam_first": lambda config, layer, **options: AdamFirst(**options),
+    "robust_momentum": lambda config, layer, **options: RobustMomentum(**options),
+}
+"""How a sparse block's output joins the stream: (config, layer, **options) -> module called with (x, v, context).
+
+One with a method `at(x, context)` says where the block looks in the place of x.
+"""
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -165,7 +174,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         attended, weights = self.self_attn(self.input_layernorm(hidden), **attention)
         hidden = hidden + attended
         here = replace(context, layer=self.index, state=dict(state), attentions=weights)
-        out = self.mlp(self.post_attention_layernorm(hidden), here)
+        at = self.residual.at(hidden, here) if hasattr(self.residual, "at") else hidden
+        out = self.mlp(self.post_attention_layernorm(at), here)
         return self.residual(hidden, out, here), here.state
 
 
