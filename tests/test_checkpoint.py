@@ -113,6 +113,17 @@ def test_saving_under_an_edit_saves_the_model_without_it(saved: Path, tmp_path: 
     assert ours["config.json"] == theirs["config.json"]
 
 
+@pytest.mark.parametrize(("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_who_may_read_a_checkpoint_follows_the_umask(umask: int, folder: int, file: int, tmp_path: Path) -> None:
+    view, before = half("qwen3_moe"), os.umask(umask)
+    try:
+        view.save(tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == folder
+    assert {p.name for p in (tmp_path / "saved").iterdir() if p.stat().st_mode & 0o777 != file} == set()
+
+
 def test_bf16_stays_bf16(tmp_path: Path) -> None:
     view = moestro.open(tiny.build("gpt_oss", dtype=torch.bfloat16, num_hidden_layers=2).model)
     view.keep_experts({0: HALF, 1: HALF})

@@ -100,7 +100,7 @@ def assert_close(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> N
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to compute the layer; the one for GPUs runs on CPU too."""
     if request.param == "grouped_mm":
-        monkeypatch.setattr(experts_backend, "_forward_groups", experts_backend._forward_grouped_mm)
+        monkeypatch.setattr(experts_backend, "_forward_groups", experts_backend.forward_grouped_mm)
     return request.param
 
 

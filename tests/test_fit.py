@@ -11,11 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import moestro
+from families import tiny
 from moestro.cli import app
+from moestro.compress.prune.easy_ep import EasyEPStats
+from moestro.fitting import memory
+from moestro.fitting.evaluate import HeldoutLoss
 from moestro.fitting.result import FitReport
+from moestro.view.stream import StreamView
 
 QUICK = {"calibration_tokens": 1500, "heldout_tokens": 400, "max_length": 128, "progress": False}
 
@@ -119,12 +125,173 @@ def test_a_stopped_run_leaves_no_half_checkpoint(sign, tmp_path):
     while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(sign)
-    assert process.wait(timeout=120) != 0
+    output, _ = process.communicate(timeout=120)
     assert not (tmp_path / "target").exists()
     if sign == signal.SIGINT:
+        assert output == b"stopped; nothing half-written is left behind\n"
+        assert process.returncode == 130
         assert list(tmp_path.iterdir()) == []
+
+
+def test_usage_errors_and_help_are_typers_own():
+    code = "from moestro.cli import main; main()"
+    for arguments, status, words in ((["--memry", "3"], 2, "No such option: --memry"), (["--help"], 0, "--memory")):
+        command = [sys.executable, "-c", code, "fit", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
+        assert done.returncode == status
+        assert words in done.stdout + done.stderr
 
 
 def test_the_record_of_the_cut_names_the_original_experts(fitted):
     notes = json.loads(Path(fitted.path / "moestro.json").read_text())
     assert notes["original_experts"] == {str(i): ids for i, ids in fitted.plan.keep.items()}
+
+
+# Streamed
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A small fp32 model whose last layer is dense, with the bundled model's tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = moestro.open("quartet").tokenizer
+    small = tiny.build("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=128, mlp_only_layers=[0, 3])
+    small.model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+TASK = {"data": ["code", "ui-de"], "rest": ["embedded:docs"], "experts": "50%", **QUICK}
+
+
+@pytest.fixture(scope="module")
+def in_memory(tiny_checkpoint, tmp_path_factory) -> moestro.fitting.pipeline.Fitted:
+    return moestro.fit(tiny_checkpoint, out=tmp_path_factory.mktemp("fit") / "whole", **TASK)
+
+
+def assert_same_fit(streamed: moestro.fitting.pipeline.Fitted, whole: moestro.fitting.pipeline.Fitted) -> None:
+    assert streamed.plan.keep == whole.plan.keep
+    assert streamed.report.layers == whole.report.layers
+    assert streamed.report.losses == whole.report.losses
+    assert [c.bytes for c in (streamed.report.before, streamed.report.after)] == [
+        c.bytes for c in (whole.report.before, whole.report.after)
+    ]
+    ours, theirs = (load_file(fit.path / "model.safetensors") for fit in (streamed, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_streamed_fit_is_the_fit_in_memory(tiny_checkpoint, in_memory, tmp_path):
+    out = tmp_path / "streamed"
+    streamed = moestro.fit(tiny_checkpoint, out=out, stream=True, **TASK)
+    assert_same_fit(streamed, in_memory)
+    assert list(tmp_path.iterdir()) == [out]
+    assert {f.name for f in out.iterdir()} == {f.name for f in in_memory.path.iterdir()}
+    report = FitReport.model_validate_json((out / "report.json").read_text())
+    assert report.streamed
+    assert report.samples == []
+    assert report.after.tokens_per_second is report.after.load_seconds is None
+    assert streamed.view.streamed
+    assert streamed.view.path == out
+    assert streamed.view.num_bytes == report.after.bytes
+
+
+def test_an_open_streamed_view_is_planned_and_nothing_is_written(tiny_checkpoint, in_memory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    view = moestro.open(tiny_checkpoint, stream=True)
+    result = moestro.fit(view, **TASK)
+    assert result.view is view
+    assert result.report.losses == in_memory.report.losses
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused(*_: object, **__: object) -> None:
+    raise AssertionError("this was done already")
+
+
+@pytest.mark.parametrize("stage", ["before", "after"])
+def test_a_streamed_fit_goes_on_where_it_stopped(stage, tiny_checkpoint, in_memory, tmp_path, monkeypatch):
+    passes, update_logits = iter(["before", "after"]), HeldoutLoss.update_logits
+
+    def stops(self, *args) -> None:  # the held-out texts make one batch
+        if next(passes) == stage:
+            raise KeyboardInterrupt
+        update_logits(self, *args)
+
+    arguments = dict(out=tmp_path / "out", stream=True, **TASK)
+    monkeypatch.setattr(HeldoutLoss, "update_logits", stops)
+    with pytest.raises(KeyboardInterrupt):
+        moestro.fit(tiny_checkpoint, **arguments)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.work"]
+    monkeypatch.setattr(HeldoutLoss, "update_logits", update_logits)
+    monkeypatch.setattr(EasyEPStats, "update", refused)
+    if stage == "after":
+        monkeypatch.setattr(StreamView, "save", refused)
+    assert_same_fit(moestro.fit(tiny_checkpoint, **arguments), in_memory)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_named_work_directory_stays_and_serves_another_budget(tiny_checkpoint, in_memory, tmp_path, monkeypatch):
+    arguments = dict(stream=True, work=tmp_path / "work", **TASK)
+    moestro.fit(tiny_checkpoint, out=tmp_path / "quarter", **{**arguments, "experts": "25%"})
+    monkeypatch.setattr(EasyEPStats, "update", refused)
+    assert_same_fit(moestro.fit(tiny_checkpoint, out=tmp_path / "half", **arguments), in_memory)
+    assert_same_fit(moestro.fit(tiny_checkpoint, out=tmp_path / "again", **arguments), in_memory)
+    assert moestro.fit(tiny_checkpoint, **arguments).report.losses == in_memory.report.losses
+    with pytest.raises(ValueError, match="work/before holds an observation with other data;"):
+        moestro.fit(tiny_checkpoint, out=tmp_path / "more", **{**arguments, "heldout_tokens": 500})
+    assert {f.name for f in tmp_path.iterdir()} == {"work", "quarter", "half", "again"}
+
+
+def test_a_killed_streamed_run_is_finished_by_the_same_command(tiny_checkpoint, tmp_path):
+    code = "import sys; from moestro.cli import main; main()"
+    command = [sys.executable, "-c", code, "fit", str(tiny_checkpoint), "--stream", "--out", "target"]
+    command += ["--rest", "embedded:docs", "--calibration-tokens", "3000", "--heldout-tokens", "2000"]
+    run = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen(command, **run, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "target.work" / "before").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert [f.name for f in tmp_path.iterdir()] == ["target.work"]
+    done = subprocess.run(command, **run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "streamed from disk" in done.stdout
+    assert [f.name for f in tmp_path.iterdir()] == ["target"]
+    assert "streamed layer by layer" in (tmp_path / "target" / "report.html").read_text()
+
+
+def test_more_than_memory_holds_is_refused_before_it_is_loaded(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(moestro.view.open, "load", None)
+    for options in ({"out": tmp_path / "out"}, {}):
+        with pytest.raises(ValueError, match=r"tiny holds 0\.0\d GB of weights, and 0\.00 GB .* pass --stream"):
+            moestro.fit(tiny_checkpoint, **options, **TASK)
+    result = CliRunner().invoke(app, ["fit", "quartet", "--dry-run"])
+    assert "pass --stream" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_available_memory_minds_what_a_container_may_take(tmp_path, monkeypatch):
+    free = memory.available_bytes()
+    assert free is None or free > 10**6
+    (tmp_path / "memory.max").write_text("123456\n")
+    monkeypatch.setattr(memory, "LIMIT", tmp_path / "memory.max")
+    assert memory.available_bytes() == (None if free is None else 123456)
+
+
+def test_streamed_requests_that_cannot_be(tiny_checkpoint, in_memory, tmp_path):
+    with pytest.raises(ValueError, match="pass --stream"):
+        moestro.fit(tiny_checkpoint, work=tmp_path / "work", **TASK)
+    with pytest.raises(ValueError, match="lie in each other"):
+        moestro.fit(tiny_checkpoint, out=tmp_path / "out", stream=True, work=tmp_path / "out" / "work", **TASK)
+    with pytest.raises(ValueError, match="in memory already"):
+        moestro.fit(moestro.open(tiny_checkpoint), stream=True, **TASK)
+    with pytest.raises(FileExistsError, match="overwrite"):
+        moestro.fit(tiny_checkpoint, out=in_memory.path, stream=True, **TASK)
+    with pytest.raises(FileExistsError, match="something else than a checkpoint"):
+        moestro.fit(tiny_checkpoint, out=tiny_checkpoint.parent, stream=True, overwrite=True, **TASK)
+    with pytest.raises(FileNotFoundError, match="there is none at"):
+        moestro.fit("nosuch", out=tmp_path / "out", stream=True, **TASK)
+    assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import moestro
 import tiny
 from moestro.data import TokenBatch
+from moestro.fitting.evaluate import HeldoutLoss
 from moestro.routing import Routing
 from moestro.view import taps
 from moestro.view.edit import Gain, Replace, SwitchOff
@@ -485,3 +486,46 @@ def test_impossible_requests_are_refused(qwen: moestro.ExpertView) -> None:
 
 class NeedsTooLittle(SlotStats):
     needs = frozenset()
+
+
+# --- what the language model predicts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_held_out_loss_leaves_padding_out_and_tells_domains_apart(qwen: moestro.ExpertView, side: str) -> None:
+    (one_by_one,) = qwen.observe([alone(doc) for doc in range(len(DOCS))], [HeldoutLoss()], progress=False)
+    domains = {"domain": torch.tensor([doc % 2 for doc in range(len(DOCS))]), "domains": ("even", "odd")}
+    (batched,) = qwen.observe([padded(DOCS, side, **domains)], [HeldoutLoss()], progress=False)
+    assert {name: count for name, (_, count) in batched.items()} == {"even": 6 + 8 + 1, "odd": 2 + 4 + 5}
+    assert batched.keys() == one_by_one.keys()
+    for name, found in batched.items():
+        assert found == pytest.approx(one_by_one[name], rel=1e-5)
+
+
+def test_held_out_loss_merges_and_needs_two_tokens(qwen: moestro.ExpertView) -> None:
+    parts = [HeldoutLoss() for _ in DOCS]
+    for doc, part in enumerate(parts):
+        qwen.observe([alone(doc)], [part], progress=False)
+    for part in parts[1:]:
+        parts[0].merge(part)
+    (expected,) = qwen.observe([alone(doc) for doc in range(len(DOCS))], [HeldoutLoss()], progress=False)
+    assert parts[0].result() == expected
+    (single,) = qwen.observe([DOCS[0][None, :1]], [HeldoutLoss()], progress=False)
+    assert single == {"all": (0.0, 0)}
+
+
+def test_held_out_loss_that_is_not_finite_is_an_error() -> None:
+    small = make("qwen3_moe")
+    small.model.lm_head.weight.data[7] = float("nan")
+    with pytest.raises(FloatingPointError, match="the loss on 'all' is nan"):
+        moestro.open(small.model).observe([padded(DOCS)], [HeldoutLoss()], progress=False)
+
+
+def test_logits_of_a_model_inside_another_module(qwen: moestro.ExpertView) -> None:
+    class Agent(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy = qwen.model
+
+    (inside,) = moestro.open(Agent()).observe([padded(DOCS)], [HeldoutLoss()], progress=False)
+    assert (inside,) == tuple(qwen.observe([padded(DOCS)], [HeldoutLoss()], progress=False))

@@ -110,6 +110,10 @@ def make_report(layers=6, experts=32, top_k=4, domains=DOMAINS, task=TASK, seed=
     return FitReport(**record | changes)
 
 
+UNTIMED = Cost(bytes=100, load_seconds=None, tokens_per_second=None)
+STREAMED = {"before": UNTIMED, "after": UNTIMED, "samples": [], "streamed": True}
+
+
 class Page(HTMLParser):
     """The page as elements, its text, and the tags that were not closed in order."""
 
@@ -268,6 +272,9 @@ def test_unseen_experts_are_their_own_state():
     [
         ("no load time", {"before": Cost(bytes=100, load_seconds=None, tokens_per_second=3.0)}, "came from memory"),
         ("no samples", {"samples": []}, "No samples were generated"),
+        ("streamed", STREAMED, "No samples were generated: the models were streamed"),
+        ("streamed", STREAMED, "Generation, tokens per second not measured streamed from disk"),
+        ("streamed", STREAMED, "Time to load not measured streamed from disk"),
         ("no warnings", {"warnings": []}, "No warnings."),
         ("no losses", {"losses": [], "layers": []}, "No held-out loss was measured"),
         ("grew", {"after": Cost(bytes=10**9, load_seconds=None, tokens_per_second=0.0)}, "still takes 1.00 GB"),

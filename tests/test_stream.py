@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import moestro
 from families import tiny
+from moestro.fitting.evaluate import HeldoutLoss
 from moestro.view.events import MoEEvent
-from moestro.view.observe import LayerOutputs, RoutingTrace, SlotStatistics, SlotStats
+from moestro.view.observe import ExpertCounts, LayerOutputs, RoutingTrace, SlotStatistics, SlotStats
 
 FAMILIES = ["qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "mixtral"]
 PADDING = ["none", "left", "right"]
@@ -55,6 +57,37 @@ def assert_same_statistics(ours: SlotStatistics, theirs: SlotStatistics) -> None
     for index, slots in ours.by_domain.items():
         for name, table in vars(slots).items():
             assert torch.equal(table, getattr(theirs.by_domain[index], name)), (index, name)
+
+
+def routers_of(view) -> set[str]:
+    return {f"{layer.name}.{layer.router_name}.weight" for layer in view.layers}
+
+
+def resident(view) -> set[str]:
+    return {name for name, p in view.model.named_parameters() if not p.is_meta}
+
+
+def loss_of(model, data) -> tuple[float, int]:
+    """Mean loss of each token that follows another, from the logits of the whole model, in float64."""
+    losses = []
+    for batch in data:
+        with torch.no_grad():
+            predicted = model(**batch, use_cache=False).logits.double().log_softmax(-1)
+        for row, ids, mask in zip(predicted, batch["input_ids"], batch["attention_mask"]):
+            real = mask.nonzero().flatten().tolist()
+            losses += [-float(row[a, ids[b]]) for a, b in pairwise(real)]
+    return sum(losses) / len(losses), len(losses)
+
+
+def assert_same_loss(path: Path, data) -> None:
+    """Held-out loss of the streamed model is that of the one in memory, bit for bit, and what its logits say."""
+    whole, streamed = moestro.open(path), stream(path)
+    expected, counts = whole.observe(data, [HeldoutLoss(), ExpertCounts()], progress=False)
+    found, streamed_counts = streamed.observe(data, [HeldoutLoss(), ExpertCounts()], progress=False)
+    assert found == expected
+    assert found["all"] == pytest.approx(loss_of(whole.model, data), rel=1e-5)
+    assert all(torch.equal(streamed_counts[i], count) for i, count in counts.items())
+    assert not [name for name in resident(streamed) if "head" in name or "embed" in name or name.endswith("_proj")]
 
 
 def halved(view) -> dict[int, list[int]]:
@@ -132,8 +165,48 @@ def test_keeps_merges_and_top_k_add_up(checkpoint, tmp_path):
 def test_no_weights_stay_but_the_routers(checkpoint):
     view = stream(checkpoint("qwen3_moe"))
     view.observe(batches(), [SlotStats()], progress=False)
-    resident = {name for name, p in view.model.named_parameters() if not p.is_meta}
-    assert resident == {f"{layer.name}.{layer.router_name}.weight" for layer in view.layers}
+    assert resident(view) == routers_of(view)
+    view.observe(batches(), [HeldoutLoss()], progress=False)
+    assert resident(view) == routers_of(view)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_held_out_loss_is_that_of_the_whole_model(family, checkpoint):
+    assert_same_loss(checkpoint(family), batches(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [0, 2, 3]}),  # no expert in the last layers
+        ("qwen3_moe", {"tie_word_embeddings": True}),
+        ("mixtral", {"output_router_logits": True}),
+        ("gemma4", {"final_logit_softcapping": 1.5, "tie_word_embeddings": True}),
+        ("granitemoe", {"logits_scaling": 3.0}),
+        ("cohere2_moe", {"logit_scale": 0.3}),
+    ],
+)
+def test_held_out_loss_minds_what_lies_behind_the_experts(family, changes, tmp_path):
+    tiny.build(family, **changes).model.save_pretrained(tmp_path)
+    assert_same_loss(tmp_path, batches(family))
+
+
+def test_held_out_loss_of_a_language_model_in_a_larger_one(tmp_path):
+    tiny.build("qwen3_vl_moe", towers=True).model.save_pretrained(tmp_path)
+    assert_same_loss(tmp_path, batches("qwen3_vl_moe"))
+
+
+def test_no_logits_without_a_language_head(checkpoint, tmp_path):
+    tiny.build("qwen3_moe").model.model.save_pretrained(tmp_path)
+    for view in (stream(tmp_path), moestro.open(tmp_path)):
+        with pytest.raises(ValueError, match="Qwen3MoeModel has no language head"):
+            view.observe(batches(), [HeldoutLoss()], progress=False)
+        assert view.observe(batches(), [SlotStats()], progress=False)
+    with (
+        pytest.raises(ValueError, match=r"view\.observe\(data, observers\) alone"),
+        moestro.open(checkpoint("qwen3_moe")).observing(HeldoutLoss()),
+    ):
+        pass
 
 
 def test_tied_embeddings_are_saved_once(tmp_path):
@@ -193,6 +266,28 @@ def test_goes_on_after_an_interrupt(checkpoint, tmp_path, monkeypatch):
     assert_same_statistics(known, expected)
 
 
+class InterruptedLoss(HeldoutLoss):
+    fails = True
+
+    def update_logits(self, batch, ids, logits) -> None:
+        if InterruptedLoss.fails and batch.tokens.sample.max() > 1:
+            raise KeyboardInterrupt
+        super().update_logits(batch, ids, logits)
+
+
+def test_goes_on_after_an_interrupt_among_the_logits(checkpoint, tmp_path, monkeypatch):
+    view = stream(checkpoint("qwen3_moe"))
+    expected, _ = view.observe(batches(), [HeldoutLoss(), SlotStats()], progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        view.observe(batches(), [InterruptedLoss(), Interrupted()], progress=False, work=tmp_path / "work")
+    assert resident(view) == routers_of(view)
+    monkeypatch.setattr(InterruptedLoss, "fails", False)
+    monkeypatch.setattr(Interrupted, "at", 2)  # would fail if this layer ran again
+    for _ in range(2):
+        loss, _ = view.observe(batches(), [InterruptedLoss(), Interrupted()], progress=False, work=tmp_path / "work")
+        assert loss == expected
+
+
 class Deadly(list):
     """Batches that kill the process when they have been read `lives` times."""
 
@@ -244,7 +339,8 @@ def test_two_processes_share_the_batches(checkpoint, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    where = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here: sums depend on it
+    where = {**os.environ, **threads, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     command = [sys.executable, "-c", code]
     running = [subprocess.Popen(command, cwd=Path(__file__).parent, env={**where, "RANK": str(r)}) for r in (0, 1)]
     assert [process.wait() for process in running] == [0, 0]
@@ -348,6 +444,8 @@ def test_nan_weights_name_layer_and_sample(checkpoint, tmp_path):
 # Tied across decoder and encoder, or refused by moestro.open in memory as well.
 NOT_STREAMED = {"diffusion_gemma": "ties", "inkling": "no known routing rule"}
 
+NO_LOSS = {"openai_privacy_filter": "it classifies tokens"}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.families())
@@ -360,6 +458,8 @@ def test_every_family_streams_or_is_refused(family, checkpoint, tmp_path):
     whole, streamed = moestro.open(path), stream(path)
     seen, expected = (view.observe(data, [SlotStats()], progress=False)[0] for view in (streamed, whole))
     assert_same_statistics(seen, expected)
+    if family not in NO_LOSS:
+        assert_same_loss(path, data)
     try:
         whole.keep_experts(halved(whole))
         whole.save(tmp_path / "whole")

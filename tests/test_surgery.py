@@ -4,7 +4,9 @@ Models are fp32; FP32 is the tolerance of `tiny`.
 """
 
 import copy
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.testing import assert_close
 import moestro
 import tiny
 from moestro import ForceOn, SwitchOff
+from moestro.view import surgery
 from moestro.view.observe import SlotStats
 from moestro.view.surgery import pad_to_uniform
 from tiny import FP32, LEARNED, Record, documents, logits_of, make, padded
@@ -316,6 +319,49 @@ def test_an_interrupted_cut_leaves_all_layers_whole(qwen: moestro.ExpertView, mo
     assert torch.equal(logits_of(qwen.model, INPUTS), before)
 
 
-def test_padding_to_one_number_takes_the_next_best() -> None:
-    scores = {1: torch.tensor([0.0, 5, 1, 4]), 2: torch.tensor([float("nan"), 3, 2, 9])}
-    assert pad_to_uniform({1: [1], 2: [1, 2, 3]}, scores) == {1: [1, 2, 3], 2: [1, 2, 3]}
+@pytest.mark.parametrize("surgery_", [surgery.keep_experts, surgery.merge_experts])
+def test_an_interrupt_waits_until_all_layers_are_cut(
+    surgery_: Callable[..., None], qwen: moestro.ExpertView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, whole = {1: [[0, 2], [3], [5]], 2: [[1], [4], [6]]}, moestro.open(copy.deepcopy(qwen.model))
+    if surgery_ is surgery.keep_experts:
+        request = {index: [group[0] for group in groups] for index, groups in request.items()}
+    surgery_(whole.layers, request)
+    cut = surgery._slice
+
+    def pressed(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return cut(*args)
+
+    monkeypatch.setattr(surgery, "_slice", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        surgery_(qwen.layers, request)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert tiny.same_state(qwen.model, tiny.state_of(whole.model))
+
+
+def test_an_interrupted_view_knows_what_was_cut(qwen: moestro.ExpertView, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = surgery._slice
+    monkeypatch.setattr(surgery, "_slice", lambda *args: (signal.raise_signal(signal.SIGINT), cut(*args))[1])
+    with pytest.raises(KeyboardInterrupt):
+        qwen.keep_experts({1: [0, 3, 5], 2: [1, 4, 6]})
+    assert qwen.original_ids == {1: [0, 3, 5], 2: [1, 4, 6]}
+    assert qwen.model.config.num_experts == 3
+    assert logits_of(qwen.model, INPUTS).isfinite().all()
+
+
+# --- one number for all layers ---------------------------------------------------------------------------------------
+
+
+def test_padding_to_one_number_takes_the_next_best(qwen: moestro.ExpertView) -> None:
+    scores = {1: torch.tensor([0.0, 5, 1, 4, 0, 0, 0, 0]), 2: torch.tensor([float("nan"), 3, 2, 9, -1, -1, -1, -1])}
+    assert pad_to_uniform(qwen.layers, {1: [1], 2: [5, 1, 4]}, scores) == {1: [1, 2, 3], 2: [1, 4, 5]}
+
+
+def test_padding_fills_each_group_of_a_grouped_router(tmp_path: Path) -> None:
+    view = moestro.open(make("deepseek_v3").model)
+    scores = {1: torch.tensor([9.0, 8, 7, 6, 1, 2, 3, float("nan")]), 2: torch.arange(8.0)}
+    padded = pad_to_uniform(view.layers, {1: [0, 1, 2], 2: [0, 7]}, scores)
+    assert padded == {1: [0, 1, 2, 4, 5, 6], 2: [0, 2, 3, 5, 6, 7]}
+    view.keep_experts(padded)
+    view.save(tmp_path / "saved")

@@ -25,11 +25,20 @@ FIXED_TOP_K: dict[str, str] = {
 
 NO_GREEDY_GENERATE: dict[str, str] = {"diffusion_gemma": "its `generate`, which denoises whole blocks, is not tested"}
 
+_SEVERAL_STREAMS = "its layers mix several residual streams: no easy-ep there, use reap"
+NO_RESIDUAL: dict[str, str] = {
+    **dict.fromkeys(("deepseek_v4", "glm5_next", "hy_v4", "inkling2", "qwen4_exp"), _SEVERAL_STREAMS),
+    "minimax": "its layers normalise the residual stream itself: no easy-ep there, use reap",
+}
+"""{family: why observers that need the residual stream are refused}"""
+
 LEFT_PADDING: dict[str, str] = {
     family: "in transformers itself, left padding changes what its tokens compute"
     for family in ("deepseek_v4", "hunyuan_v1_moe", "minimax", "mistral_large4")
 }
 """{family: why statistics of a left-padded batch are those of other tokens}. Padding is never counted there either."""
+
+LIMITS = (UNSUPPORTED, NO_SURGERY, FIXED_TOP_K, NO_GREEDY_GENERATE, NO_RESIDUAL)
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -41,7 +50,7 @@ def supported() -> list[str]:
 def markdown() -> str:
     """The page docs/families.md."""
     families = tiny.families()
-    whole = [f for f in families if f not in {*UNSUPPORTED, *NO_SURGERY, *FIXED_TOP_K, *NO_GREEDY_GENERATE}]
+    whole = [f for f in families if f not in {name for note in LIMITS for name in note}]
     rest = len(families) - len(whole)
     lines = [
         "# Model families",
@@ -59,8 +68,7 @@ def markdown() -> str:
         "|---|---|---|---|---|---|",
     ]
     for family in families:
-        notes = (UNSUPPORTED, NO_SURGERY, FIXED_TOP_K, NO_GREEDY_GENERATE, LEFT_PADDING)
-        reasons = [note[family] for note in notes if family in note]
+        reasons = [note[family] for note in (*LIMITS, LEFT_PADDING) if family in note]
         cells = [
             "no" if family in UNSUPPORTED else "yes",
             "no" if family in UNSUPPORTED or family in NO_SURGERY else "yes",

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 import moestro
 from moestro.view.edit import LogitBias, SwitchOff
+from moestro.view.events import MoEEvent
+from moestro.view.layers import decoder_layer
 from moestro.view.observe import LayerOutputs, SlotStats
 
 from . import support, tiny
@@ -99,6 +102,80 @@ def slot_norms(experts: nn.Module, hidden: Tensor, indices: Tensor) -> Tensor:
     with torch.no_grad():
         outputs = [type(experts).forward.__wrapped__(experts, hidden, i[:, None], one) for i in indices.T]
     return torch.stack([o.norm(dim=-1) for o in outputs], dim=1)
+
+
+class Residuals:
+    """{layer: the residual stream [N, H] of one batch}"""
+
+    needs = frozenset({"residual"})
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Tensor] = {}
+
+    def update(self, event: MoEEvent) -> None:
+        self.seen[event.layer] = event.residual.clone()
+
+    def merge(self, other: "Residuals") -> None:
+        self.seen |= other.seen
+
+    def result(self) -> dict[int, Tensor]:
+        return self.seen
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_residual_is_what_the_layer_adds_to_or_is_refused(family: str, dtype: torch.dtype) -> None:
+    small = tiny.build(family, dtype=dtype)
+    view = moestro.open(small.model)
+    inputs = {name: small.inputs()[name] for name in ("input_ids", "attention_mask")}
+    if family in support.NO_RESIDUAL:
+        with pytest.raises(ValueError, match=r"layer \d+ \(.*\): the residual stream could not be found.*'reap'"):
+            view.observe([inputs], [Residuals()])
+        return
+    (seen,) = view.observe([inputs], [Residuals()])
+    for index, terms in summands(view, inputs).items():
+        stream = seen[index].float()
+        assert any(t.shape == stream.shape and torch.allclose(t, stream, rtol=1e-2, atol=1e-3) for t in terms)
+
+
+def summands(view: moestro.ExpertView, inputs: dict[str, Tensor]) -> dict[int, list[Tensor]]:
+    """{layer: the tensors [N, H] in it to which its output is proportional, channel by channel}.
+
+    By gradients; the layer's parts are cut off, but for those that do nothing but scale the residual stream.
+    """
+    found: dict[int, list[Tensor]] = {layer.index: [] for layer in view.layers}
+    hooks: list[Any] = []
+    for layer in view.layers:
+        owner, inside = decoder_layer(view.stack, layer), []
+
+        def enter(part: nn.Module, args: Any, kwargs: Any, inside: list[Tensor] = inside) -> Any:
+            inside += [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+            if "residual" in type(part).__name__.lower():
+                return args, kwargs
+            cut = [t.detach() if isinstance(t, Tensor) else t for t in (*args, *kwargs.values())]
+            return tuple(cut[: len(args)]), dict(zip(kwargs, cut[len(args) :]))
+
+        def leave(
+            _: nn.Module, args: Any, out: Any, inside: list[Tensor] = inside, terms: list[Tensor] = found[layer.index]
+        ) -> None:
+            out = out[0] if isinstance(out, tuple) else out
+            direction = 1 + torch.rand(out.shape).to(out)
+            for tensor, gradient in zip(
+                inside, torch.autograd.grad(out, inside, direction, retain_graph=True, allow_unused=True)
+            ):
+                if gradient is not None and gradient.shape == out.shape:
+                    factor = (gradient / direction).flatten(0, -2)
+                    if factor.any() and torch.allclose(factor, factor[:1].expand_as(factor), rtol=2e-2):
+                        terms.append(tensor.detach().flatten(0, -2).float())
+
+        hooks += [part.register_forward_pre_hook(enter, with_kwargs=True) for part in owner.children()]
+        hooks.append(owner.register_forward_hook(leave))
+    try:
+        view.stack(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 @every_family

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import moestro.view.open as opening
+from moestro.bundled import bundled_path
 from moestro.data import (
     Document,
     TokenBatches,
@@ -31,9 +32,11 @@ from moestro.data import (
     split_heldout,
     token_batches,
 )
-from moestro.fitting.evaluate import batch_tokens, continuations, heldout_loss, tokens_per_second
+from moestro.fitting.evaluate import HeldoutLoss, batch_tokens, continuations, tokens_per_second
+from moestro.fitting.memory import check_fits
 from moestro.fitting.plan import Plan, make_plan
 from moestro.fitting.result import Cost, DomainLoss, FitReport, LayerChoice, Sample
+from moestro.fitting.work import Work
 from moestro.report import write_fit_page
 from moestro.view.checkpoint import complete_directory, plain_config, write
 from moestro.view.observe import ExpertCounts
@@ -104,6 +107,22 @@ def read_data(
     return FitData(batches[0], batches[1], heldout, task)
 
 
+def open_model(model: Any, *, tokenizer: Any = None, stream: bool = False) -> Any:
+    """The view to fit, of whatever `fit` takes as a model.
+
+    Raises ValueError where a checkpoint is larger than memory and not to be streamed.
+    """
+    if isinstance(model, opening.ExpertView):
+        if stream and not model.streamed:
+            raise ValueError("stream=True fits a checkpoint directory; this model is in memory already")
+        return model
+    if isinstance(model, str | Path) and not stream:
+        path = Path(model) if Path(model).exists() else bundled_path(str(model))
+        if path is not None and path.is_dir():
+            check_fits(path)
+    return opening.open(model, tokenizer=tokenizer, stream=stream)
+
+
 def fit(
     model: Any = DEFAULT_MODEL,
     data: Any = DEFAULT_TASK,
@@ -114,6 +133,8 @@ def fit(
     rest: Any = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    stream: bool = False,
+    work: str | Path | None = None,
     protect: Collection[tuple[int, int]] = (),
     calibration_tokens: int = 50_000,
     heldout_tokens: int = 8_000,
@@ -134,52 +155,82 @@ def fit(
         rest: texts that show what the cut costs elsewhere; by default the embedded sample's other domains.
         out: directory for the checkpoint, report.html and report.json; without it nothing is saved, and the model
             that is measured is the one in memory.
+        stream: run the model layer by layer from its directory, for checkpoints larger than memory. Nothing is
+            generated then: the report has no samples, speed or load time.
+        work: where a streamed fit keeps what a killed one goes on from when it is called again with the same arguments;
+            by default `out` with `.work` behind it, deleted when the fit is done. A directory named here stays.
         protect: (decoder layer, expert) pairs that are never dropped.
         calibration_tokens, heldout_tokens: limits per domain.
 
     Raises:
-        ValueError: a dense model, an impossible budget, unusable data; before anything is changed or written.
+        ValueError: a dense model, an impossible budget, unusable data, a checkpoint larger than memory without
+            `stream`; before anything is changed or written. Or `work` belongs to another fit.
         FileExistsError: `out` exists and `overwrite` is off.
     """
+    out = Path(out) if out is not None else None
+    stream = stream or getattr(model, "streamed", False)
+    kept = Work(work_directory(out, work, stream), out)
     with ExitStack() as cleanup:
-        half = cleanup.enter_context(complete_directory(out, overwrite=overwrite)) if out is not None else None
-        view = model if isinstance(model, opening.ExpertView) else opening.open(model, tokenizer=tokenizer)
-        from_path = isinstance(model, str | Path)
+        half = None
+        if out is not None:
+            place = kept.published(out, overwrite=overwrite) if stream else complete_directory(out, overwrite=overwrite)
+            half = cleanup.enter_context(place)
+        view = open_model(model, tokenizer=tokenizer, stream=stream)
         limits: dict[str, Any] = dict(
             calibration_tokens=calibration_tokens, heldout_tokens=heldout_tokens, max_length=max_length
         )
         texts = read_data(view, data, rest=rest, seed=seed, **limits)
         choice: dict[str, Any] = dict(memory=memory, experts=experts, saliency=saliency, protect=protect)
-        plan = make_plan(view, texts.calibration, seed=seed, progress=progress, **choice)
+        calibration = kept.directory("calibration")
+        plan = make_plan(view, texts.calibration, seed=seed, progress=progress, work=calibration, **choice)
         prompts = _prompts(texts)
-        before = _measure(view, texts, prompts, "before", progress)
+        before = _measure(view, texts, prompts, "before", progress, kept)
         view.keep_experts(plan.keep)
+        kept.begin(plan.keep, save=half is not None)
         if half is not None:  # what is measured is what is shipped
-            config = plain_config(view.model, view.stack, view.layers)
-            write(view.model, config, half, tokenizer=view.tokenizer, original_experts=view.original_ids)
-            if from_path:  # nobody else holds the whole model
-                view.model.to("meta")
-                gc.collect()
-            view = opening.open(half)
-        after = _measure(view, texts, prompts, "after", progress)
-        report = _report(model, plan, texts, prompts, before, after)
+            view = kept.saved(view) if stream else _written(view, half, last=isinstance(model, str | Path))
+        after = _measure(view, texts, prompts, "after", progress, kept)
+        report = _report(model, plan, texts, prompts, before, after, streamed=stream)
         if half is not None:
             (half / "report.json").write_text(report.model_dump_json(indent=1))
             write_fit_page(report, half / "report.html")
-    return Fitted(view, plan, report, Path(out) if out is not None else None)
+    if stream and out is not None:
+        view = opening.open(out, stream=True)  # it has moved
+    if work is None:
+        kept.remove()
+    return Fitted(view, plan, report, out)
+
+
+def work_directory(out: Path | None, work: str | Path | None, stream: bool) -> Path | None:
+    """Where a streamed fit keeps its work; None where it keeps none. Raises ValueError where none is streamed."""
+    if work is not None and not stream:
+        raise ValueError(f"work={str(work)!r} is of use to a streamed fit alone: pass --stream (stream=True)")
+    if work is None and stream and out is not None:
+        return out.absolute().with_name(f"{out.name}.work")
+    return Path(work) if work is not None else None
+
+
+def _written(view: Any, half: Path, *, last: bool) -> Any:
+    """The model in memory as it is read back from `half`. `last`: nobody else holds it, so it can be dropped."""
+    config = plain_config(view.model, view.stack, view.layers)
+    write(view.model, config, half, tokenizer=view.tokenizer, original_experts=view.original_ids)
+    if last:
+        view.model.to("meta")
+        gc.collect()
+    return opening.open(half)
 
 
 @contextmanager
-def _moestro_backend(model: Any) -> Iterator[None]:
+def _moestro_backend(view: Any) -> Iterator[None]:
     """Run the experts on the `moestro` backend where that is the fastest: on CPU."""
-    former = model.config._experts_implementation
-    if model.device.type == "cpu":
-        model.set_experts_implementation("moestro")
+    former = view.model.config._experts_implementation
+    if view.device.type == "cpu":
+        view.model.set_experts_implementation("moestro")
     try:
         yield
     finally:
-        if model.device.type == "cpu":
-            model.set_experts_implementation(former)
+        if view.device.type == "cpu":
+            view.model.set_experts_implementation(former)
 
 
 @dataclass(frozen=True)
@@ -196,16 +247,22 @@ def _measure(
     prompts: Sequence[tuple[str, str, str]],
     when: str,
     progress: bool,
+    kept: Work,
 ) -> _Measured:
-    model, tokenizer = view.model, view.tokenizer
-    with _moestro_backend(model):
-        served = ExpertCounts()
-        with view.observing(served):
-            losses = heldout_loss(
-                model, texts.heldout, around=view.reading, description=f"held-out loss {when}", progress=progress
-            )
-        written = continuations(model, tokenizer, [prompt for _, prompt, _ in prompts])
-        speed = tokens_per_second(model, tokenizer)
+    written: list[str] = []
+    speed = None
+    resumable = {} if kept.path is None else {"work": kept.directory(when)}
+    with _moestro_backend(view):
+        losses, _ = view.observe(
+            texts.heldout,
+            [HeldoutLoss(), served := ExpertCounts()],
+            progress=progress,
+            description=f"held-out loss {when}",
+            **resumable,
+        )
+        if not view.streamed:
+            written = continuations(view.model, view.tokenizer, [prompt for _, prompt, _ in prompts])
+            speed = tokens_per_second(view.model, view.tokenizer)
     cost = Cost(bytes=view.num_bytes, load_seconds=view.load_seconds, tokens_per_second=speed)
     return _Measured(losses, served, written, cost)
 
@@ -238,6 +295,8 @@ def _report(
     prompts: Sequence[tuple[str, str, str]],
     before: _Measured,
     after: _Measured,
+    *,
+    streamed: bool,
 ) -> FitReport:
     name = str(model) if isinstance(model, str | Path) else _name(getattr(model, "model", model))
     domains = sorted(before.losses, key=lambda domain: domain not in texts.task)
@@ -280,6 +339,7 @@ def _report(
             Sample(domain=d, prompt=p, before=b, after=a, reference=r)
             for (d, p, r), b, a in zip(prompts, before.texts, after.texts)
         ],
+        streamed=streamed,
         warnings=plan.warnings,
         date=datetime.now(UTC),
         versions={name: version(name) for name in ("moestro", "torch", "transformers")},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,8 +70,11 @@ def make_plan(
     protect: Collection[tuple[int, int]] = (),
     seed: int = 0,
     progress: bool = True,
+    work: Path | None = None,
 ) -> Plan:
     """Observe `calibration` once and choose the experts to keep. Changes nothing.
+
+    work: where a streamed view keeps what an interrupted observation goes on from.
 
     Raises ValueError for an unknown saliency or a budget that cannot be met, before anything is observed.
     """
@@ -81,7 +85,8 @@ def make_plan(
     observers = [SlotStats()]
     if method.observer is not SlotStats:
         observers.append(method.observer())  # type: ignore[arg-type]
-    results = view.observe(calibration, observers, progress=progress)
+    resumable = {} if work is None else {"work": work}
+    results = view.observe(calibration, observers, progress=progress, description="calibration", **resumable)
     stats: SlotStatistics = results[0]
     scores = random(stats, seed) if saliency == "random" else method.score(results[-1])
     coverage = _coverage(stats)

@@ -49,9 +49,9 @@ class Cost(BaseModel):
     bytes: int
     """Weights in the saved checkpoint."""
     load_seconds: float | None
-    """None: the model came from memory, not from a checkpoint."""
-    tokens_per_second: float
-    """Greedy generation, one sequence."""
+    """None: the model came from memory or was streamed."""
+    tokens_per_second: float | None
+    """Greedy generation, one sequence. None: the model was streamed."""
 
 
 class Coverage(BaseModel):
@@ -83,6 +83,8 @@ class FitReport(BaseModel):
     before: Cost
     after: Cost
     samples: list[Sample]
+    streamed: bool = False
+    """Whether the models were run layer by layer from disk, which is too slow to generate with."""
     warnings: list[str]
     date: datetime
     versions: dict[str, str]

@@ -60,9 +60,9 @@ def signed(value: float, decimals: int = 3) -> str:
     return f"{abs(rounded):.{decimals}f}" if rounded == 0 else f"{rounded:+.{decimals}f}".replace("-", "−")
 
 
-def change_text(before: float, after: float) -> str:
+def change_text(before: float | None, after: float | None) -> str:
     """−45%; empty where there is nothing to compare with."""
-    if not (before > 0 and math.isfinite(before) and math.isfinite(after)):
+    if before is None or after is None or not (before > 0 and math.isfinite(before) and math.isfinite(after)):
         return ""
     percent = 100 * (after / before - 1)
     return "unchanged" if abs(percent) < 0.5 else f"{percent:+,.0f}%".replace("-", "−")

@@ -11,7 +11,7 @@ import errno
 import json
 import shutil
 import struct
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,8 +106,8 @@ def plain_config(model: nn.Module, stack: nn.Module, layers: Sequence[MoELayer])
     if len(set(counts.values())) > 1:
         raise ValueError(
             f"{type(model).__name__} checkpoints store one number of experts for all layers, and this model has "
-            f"{sorted(set(counts.values()))}: {problem}. Keep the same number everywhere; pad_to_uniform(keep, scores) "
-            "fills the smaller layers with their next best experts"
+            f"{sorted(set(counts.values()))}: {problem}. Keep the same number everywhere; pad_to_uniform(layers, keep, "
+            "scores) fills the smaller layers with their next best experts"
         )
     raise ValueError(f"this model is no plain {type(model).__name__} any more: {problem}")
 
@@ -205,21 +205,21 @@ def complete_directory(path: str | Path, *, overwrite: bool, size: int = 0) -> I
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise OSError(errno.ENOSPC, f"{path} needs {size:,} bytes and the disk has {free:,} left; nothing was written")
-    half = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    half.chmod(0o755)
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent)) if path.exists() else None
+    work = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    half, old = work / f"new-{path.name}", work / path.name
     try:
+        half.mkdir(parents=True)
         yield half
-        if old is not None:
-            path.rename(old / path.name)
+        for file in half.rglob("*.safetensors"):  # the library makes its files for their owner alone
+            file.chmod(half.stat().st_mode & 0o666)
+        if path.exists() and overwrite:
+            path.rename(old)
         half.rename(path)
     except BaseException as e:
-        shutil.rmtree(half, ignore_errors=True)
-        if old is not None and (old / path.name).exists() and not path.exists():
-            (old / path.name).rename(path)
+        if old.exists() and not path.exists():
+            old.rename(path)
         if (isinstance(e, OSError) and e.errno == errno.ENOSPC) or "No space left" in str(e):
             raise OSError(errno.ENOSPC, f"the disk filled up while writing {path}; nothing is left behind") from e
         raise
     finally:
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)

@@ -104,8 +104,8 @@ def _check_ids(layer: MoELayer, ids: Sequence[int]) -> None:
 
 
 @dataclass(eq=False)
-class SwitchOff(Edit):
-    """Close experts to the router: other experts take their slots, as if they had been pruned."""
+class _OnExperts(Edit):
+    """Base of the edits of single experts."""
 
     experts: Iterable[ExpertId]
 
@@ -116,8 +116,16 @@ class SwitchOff(Edit):
         return self.ids
 
     def check(self, layer: MoELayer) -> None:
+        _check_ids(layer, self.ids[layer.index])
+
+
+@dataclass(eq=False)
+class SwitchOff(_OnExperts):
+    """Close experts to the router: other experts take their slots, as if they had been pruned."""
+
+    def check(self, layer: MoELayer) -> None:
+        super().check(layer)
         ids = self.ids[layer.index]
-        _check_ids(layer, ids)
         left = layer.num_experts - len(ids)
         if left < layer.top_k:
             raise ValueError(
@@ -141,20 +149,12 @@ class SwitchOff(Edit):
 
 
 @dataclass(eq=False)
-class ForceOn(Edit):
+class ForceOn(_OnExperts):
     """Give experts a slot for every token: their logits are raised to the token's largest, and top-k must take them."""
 
-    experts: Iterable[ExpertId]
-
-    def __post_init__(self) -> None:
-        self.ids = _by_layer(self.experts)
-
-    def layers(self) -> Collection[int]:
-        return self.ids
-
     def check(self, layer: MoELayer) -> None:
+        super().check(layer)
         ids = self.ids[layer.index]
-        _check_ids(layer, ids)
         if len(ids) > layer.top_k:
             raise ValueError(
                 f"{len(ids)} experts forced on in layer {layer.index}, which has top_k={layer.top_k} slots; "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moestro.routing import Routing
 
-NEEDS = frozenset({"norms", "outputs", "residual"})
+NEEDS = frozenset({"lm_logits", "norms", "outputs", "residual"})
 """What an observer may ask for beyond what every event carries."""
 
 
@@ -57,6 +57,12 @@ class Batch:
     tokens: Tokens
     kept: Int[Tensor, " n"] | None
     """Places of the tokens among B * T; None where there is no padding."""
+
+    def on_grid(self, values: Shaped[Tensor, " n"], padding: float) -> Shaped[Tensor, "b t"]:
+        """The tokens' values at their places, and `padding` where no token is."""
+        grid = values.new_full((self.shape[0] * self.shape[1],), padding)
+        grid[slice(None) if self.kept is None else self.kept] = values
+        return grid.view(self.shape)
 
     @classmethod
     def of(
@@ -195,3 +201,10 @@ class Observer(Protocol):
         """Take in what `other` saw. Associative, so that data can be split over processes and machines."""
 
     def result(self) -> Any: ...
+
+
+class LogitsObserver(Observer, Protocol):
+    """An observer that needs "lm_logits": it is also given what the language model predicts."""
+
+    def update_logits(self, batch: Batch, ids: Int[Tensor, "b t"], logits: Float[Tensor, "b t v"]) -> None:
+        """One whole batch, after all its events. Padding has logits as well; `batch.kept` tells what to leave out."""

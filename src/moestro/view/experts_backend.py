@@ -16,8 +16,7 @@ Steps on CPU:
    (autograd over slices would fill and add one full-size tensor per expert), and it takes the gradient of the gate
    weights from a . (grad_out @ down^T), so that y is neither kept nor recomputed.
 
-A few slots (decoding) are computed one by one. On other devices the layer is written with torch's grouped matrix
-product and autograd.
+A few slots (decoding) are computed one by one. Other devices: see experts_grouped_mm.
 
 Shapes: N tokens, K slots per token, S slots that have an expert (N*K without sentinels), E experts, H hidden,
 I expert width, U = 2I (gated) or I; P rows of the buffer, R rows of a chunk, G experts of a group, C rows of each.
@@ -29,18 +28,16 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _can_use_grouped_mm, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-# token [S], slot [S], outputs [S, H]: outputs before gate weights, sorted by expert, sentinels left out.
-OnOutputs = Callable[[Tensor, Tensor, Tensor], None]
+from moestro.view.experts_family import Family, OnOutputs, read_family, swiglu, with_pullback
+from moestro.view.experts_grouped_mm import forward_grouped_mm
 
 # Up to this many slots are computed one by one: sorting would take longer than it saves.
 FEW_SLOTS = 16
@@ -74,9 +71,9 @@ def experts_forward(
     `on_outputs(token [S], slot [S], outputs [S, H])` is called any number of times per forward, each time with
     detached tensors in expert order. Gradient checkpointing runs a forward, and so these calls, twice.
     """
-    family = _read_family(module, hidden)
+    family = read_family(module, hidden)
     if hidden.device.type != "cpu":
-        forward = _forward_grouped_mm
+        forward = forward_grouped_mm
     elif indices.numel() <= FEW_SLOTS and not _wants_gradients(family, hidden, weights):
         forward = _forward_slots
     else:
@@ -96,49 +93,11 @@ def moestro_experts_forward(
 ALL_EXPERTS_FUNCTIONS.register("moestro", moestro_experts_forward)
 
 
-# --- what an experts module says about its family -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Family:
-    up: Tensor  # [E, H, U]
-    down: Tensor  # [E, I, H]
-    up_bias: Tensor | None  # [E, U]
-    down_bias: Tensor | None  # [E, H]
-    gate: Callable[[Tensor], Tensor]  # [..., U] -> [..., I]
-    norm: Callable[[Tensor], Tensor] | None
-    is_swiglu: bool  # gate is transformers' default one with SiLU: done by hand
-    others: tuple[Tensor, ...]  # parameters of gate and norm
-    dtype: torch.dtype  # of the matrix products
-
-
-def _read_family(module: Any, hidden: Tensor) -> _Family:
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up, down = getattr(module, up_name), module.down_proj
-    up_bias = getattr(module, f"{up_name}_bias") if module.has_bias else None
-    down_bias = module.down_proj_bias if module.has_bias else None
-    own = {id(p) for p in (up, down, up_bias, down_bias)}
-    device = hidden.device.type
-    return _Family(
-        up=up if module.is_transposed else up.transpose(1, 2),
-        down=down if module.is_transposed else down.transpose(1, 2),
-        up_bias=up_bias,
-        down_bias=down_bias,
-        gate=module._apply_gate if module.has_gate else module.act_fn,
-        norm=module.post_expert_norm if module.has_post_expert_norm else None,
-        is_swiglu=module.has_gate
-        and type(module)._apply_gate is _default_apply_gate
-        and type(module.act_fn).__name__ in ("SiLUActivation", "SiLU"),
-        others=tuple(p for p in module.parameters() if id(p) not in own),
-        dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else up.dtype,
-    )
-
-
-def _inputs(family: _Family, hidden: Tensor, weights: Tensor) -> tuple[Tensor | None, ...]:
+def _inputs(family: Family, hidden: Tensor, weights: Tensor) -> tuple[Tensor | None, ...]:
     return (hidden, weights, family.up, family.down, family.up_bias, family.down_bias, *family.others)
 
 
-def _wants_gradients(family: _Family, hidden: Tensor, weights: Tensor) -> bool:
+def _wants_gradients(family: Family, hidden: Tensor, weights: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in _inputs(family, hidden, weights))
 
 
@@ -172,7 +131,7 @@ class _Plan:
     place: Tensor  # [N, K] row of each slot; P for a sentinel
 
 
-def _plan(indices: Int[Tensor, "n k"], family: _Family) -> _Plan:
+def _plan(indices: Int[Tensor, "n k"], family: Family) -> _Plan:
     n, k = indices.shape
     num_experts, h, _ = family.up.shape
     flat = indices.reshape(-1)
@@ -203,7 +162,7 @@ def _plan(indices: Int[Tensor, "n k"], family: _Family) -> _Plan:
     return _Plan(chunks, order, row, token, place.view(n, k))
 
 
-def _cheapest_groups(counts: list[int], family: _Family) -> list[tuple[int, int, int]]:
+def _cheapest_groups(counts: list[int], family: Family) -> list[tuple[int, int, int]]:
     """(lo, hi, capacity) of groups that cover the experts with tokens, at the least estimated cost.
 
     Candidates are the nodes of a binary tree over the experts: sizes are powers of two, so that shapes are few.
@@ -247,7 +206,7 @@ def _capacity(count: int, dtype: torch.dtype) -> int:
 
 
 def _forward_groups(
-    family: _Family, hidden: Tensor, indices: Tensor, weights: Tensor, on_outputs: OnOutputs | None
+    family: Family, hidden: Tensor, indices: Tensor, weights: Tensor, on_outputs: OnOutputs | None
 ) -> Tensor:
     if _wants_gradients(family, hidden, weights):
         plan = _plan(indices, family)
@@ -270,7 +229,7 @@ def _forward_groups(
 
 
 def _run_chunks(
-    family: _Family,
+    family: Family,
     plan: _Plan,
     hidden: Tensor,
     weights: Tensor,
@@ -288,7 +247,7 @@ def _run_chunks(
         u = kept_u[first:stop] if kept_u is not None else x.new_empty(len(x), family.up.shape[2])
         for group in chunk:
             _linear(group, first, x, family.up, family.up_bias, out=u)
-        a = _swiglu(u)[0] if family.is_swiglu else family.gate(u)
+        a = swiglu(u)[0] if family.is_swiglu else family.gate(u)
         y = y_all[first:stop]
         for group in chunk:
             _linear(group, first, a, family.down, family.down_bias, out=y)
@@ -335,13 +294,13 @@ class _Experts(torch.autograd.Function):
             first, stop = chunk[0].start, chunk[-1].stop
             token, w, u = plan.token[first:stop], w_all[first:stop], kept_u[first:stop]
             g = grads.index_select(0, token)
-            a, pull_gate = _swiglu(u) if family.is_swiglu else _with_pullback(family.gate, u, others, d_others)
+            a, pull_gate = swiglu(u) if family.is_swiglu else with_pullback(family.gate, u, others, d_others)
 
             if family.norm is not None:
                 y = torch.empty_like(g)
                 for group in chunk:
                     _linear(group, first, a, down, down_bias, out=y)
-                y, pull_norm = _with_pullback(family.norm, y, others, d_others)
+                y, pull_norm = with_pullback(family.norm, y, others, d_others)
                 d_w[first:stop] = (y * g).sum(-1)
                 g, w = pull_norm(g * w), torch.ones_like(w)
 
@@ -444,50 +403,11 @@ def _combine(y: Float[Tensor, "p h"], place: Int[Tensor, "n k"], weights: Float[
     return F.embedding_bag(place, y, mode="sum", per_sample_weights=weights)
 
 
-# --- gates, forward and pulled back ---------------------------------------------------------------------------------
-
-Pullback = Callable[[Tensor], Tensor]
-
-
-def _swiglu(u: Float[Tensor, "r u"]) -> tuple[Float[Tensor, "r i"], Pullback]:
-    gate, up = u.chunk(2, dim=-1)
-    gate = gate.contiguous()  # SiLU over short strided rows takes three times as long
-    silu = F.silu(gate)
-
-    def pull(grad: Tensor) -> Tensor:
-        d_u = torch.empty_like(u)
-        d_gate, d_up = d_u.chunk(2, dim=-1)
-        torch.mul(grad, silu, out=d_up)
-        d_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return d_u
-
-    return silu * up, pull
-
-
-def _with_pullback(
-    fn: Callable[[Tensor], Tensor], x: Tensor, params: list[Tensor], d_params: list[Tensor | None]
-) -> tuple[Tensor, Pullback]:
-    """fn(x) by autograd. The pullback adds to the gradients in `d_params` of those parameters that want one."""
-    wanted = [(p, d) for p, d in zip(params, d_params) if d is not None]
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        y = fn(x)
-
-    def pull(grad: Tensor) -> Tensor:
-        d_x, *more = torch.autograd.grad(y, [x, *(p for p, _ in wanted)], grad, allow_unused=True)
-        for (_, d), d_more in zip(wanted, more):
-            if d_more is not None:
-                d += d_more
-        return d_x
-
-    return y.detach(), pull
-
-
 # --- CPU: a few slots -----------------------------------------------------------------------------------------------
 
 
 def _forward_slots(
-    family: _Family, hidden: Tensor, indices: Tensor, weights: Tensor, on_outputs: OnOutputs | None
+    family: Family, hidden: Tensor, indices: Tensor, weights: Tensor, on_outputs: OnOutputs | None
 ) -> Tensor:
     """One slot after the other: reads each expert's weights where they are."""
     k, num_experts = indices.shape[1], len(family.up)
@@ -512,45 +432,3 @@ def _forward_slots(
         slot = torch.tensor([s for _, s in slots])
         on_outputs(slot // k, slot % k, torch.cat(outputs))
     return out.to(hidden.dtype)
-
-
-# --- other devices: torch's grouped matrix product ----------------------------------------------------------------
-
-
-def _forward_grouped_mm(
-    family: _Family, hidden: Tensor, indices: Tensor, weights: Tensor, on_outputs: OnOutputs | None
-) -> Tensor:
-    """The layer with one grouped product per projection and autograd; no copy from device to host."""
-    k, num_experts = indices.shape[1], family.up.shape[0]
-    sorted_experts, order = indices.reshape(-1).clamp(max=num_experts).sort(stable=True)
-    ends = torch.searchsorted(sorted_experts, torch.arange(num_experts, device=hidden.device), right=True)
-    offsets = ends.to(torch.int32)
-    # Rows past offsets[-1] belong to sentinels: the kernel leaves them unwritten, so they are masked on both sides.
-    sentinel = (sorted_experts == num_experts)[:, None]
-    expert = sorted_experts.clamp(max=num_experts - 1)
-    wide = torch.promote_types(family.dtype, torch.float32)  # sums over slots and over a bias's rows
-
-    x = hidden.to(family.dtype)[order // k].masked_fill(sentinel, 0)
-    u = _grouped_mm(x, family.up.to(family.dtype), offsets).masked_fill(sentinel, 0)
-    if family.up_bias is not None:
-        u = u + family.up_bias.to(wide)[expert].to(u.dtype)
-    y = _grouped_mm(family.gate(u), family.down.to(family.dtype), offsets).masked_fill(sentinel, 0)
-    if family.down_bias is not None:
-        y = y + family.down_bias.to(wide)[expert].to(y.dtype)
-    if family.norm is not None:
-        y = family.norm(y)
-    if on_outputs is not None:
-        slots = order[: int(ends[-1])]
-        on_outputs(slots // k, slots % k, y.detach()[: len(slots)])
-    gated = y.masked_fill(sentinel, 0) * weights.reshape(-1)[order, None].masked_fill(sentinel, 0)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    out = gated[place].view(*indices.shape, hidden.shape[1]).sum(1, dtype=wide)
-    return out.to(hidden.dtype)
-
-
-def _grouped_mm(x: Tensor, weight: Float[Tensor, "e i o"], offsets: Int[Tensor, " e"]) -> Tensor:
-    """x[r] @ weight[e] for the rows that end at offsets[e]; rows past the last offset are not written."""
-    aligned = x.dtype.itemsize <= 4 and all(width * x.dtype.itemsize % 16 == 0 for width in weight.shape[1:])
-    if aligned and _can_use_grouped_mm(x, weight, offsets):
-        return F.grouped_mm(x, weight, offs=offsets)
-    return torch.ops.transformers.grouped_mm_fallback(x, weight, offsets)

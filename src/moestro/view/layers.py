@@ -163,6 +163,9 @@ def _nothing_found(model: nn.Module) -> str:
             f"{type(model).__name__} does not use transformers' experts interface{where}, so its experts cannot be "
             "reached; load the same checkpoint with the family's class in transformers (trust_remote_code=False)"
         )
+    closed = next(((n, m.no_triple) for n, m in model.named_modules() if hasattr(m, "no_triple")), None)
+    if closed:
+        return f"{type(model).__name__} cannot be opened: {closed[0]} {closed[1]}"
     return f"{type(model).__name__} is a dense model: it has no experts to open"
 
 

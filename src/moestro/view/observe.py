@@ -18,11 +18,12 @@ from typing import Any, Self
 import numpy as np
 import polars as pl
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from moestro.view.events import Batch, MoEEvent, Observer, Tokens
+from moestro.view.lm_logits import hand_logits, language_model, logits_observers
 from moestro.view.taps import Taps
 
 
@@ -35,32 +36,48 @@ def progress_bar(show: bool = True) -> Progress:
 
 
 def observe(
-    stack: nn.Module, taps: Taps, data: Iterable[Any], observers: Sequence[Observer], *, progress: bool = True
+    model: nn.Module,
+    stack: nn.Module,
+    taps: Taps,
+    data: Iterable[Any],
+    observers: Sequence[Observer],
+    *,
+    progress: bool = True,
+    description: str = "observing",
 ) -> list[Any]:
-    """Run `stack` once over `data` and return each observer's result, in order.
+    """Run `stack`, a part of `model`, once over `data` and return each observer's result, in order.
+
+    Where an observer needs "lm_logits", the language model around the stack is run instead.
 
     `data`: TokenBatch objects, mappings with `input_ids` [B, T] (and `attention_mask`), or id tensors [B, T].
     Under torch.distributed every process takes its share of the batches and all return the merged results.
 
     Raises:
-        ValueError: no batch holds a token, or an observer asks for an unknown need.
+        ValueError: no batch holds a token, an observer asks for an unknown need, or for the logits of a model without a
+            language head.
         FloatingPointError: NaN router logits; names the layer and the sample.
         RuntimeError: another process failed.
     """
     rank, world = _rank_and_world()
     batches = data if hasattr(data, "__len__") else list(data)
     device = next(stack.parameters()).device
+    readers = logits_observers(observers)
+    run = language_model(model, stack) if readers else stack
     seen = samples = 0
     failure: Exception | None = None
     try:
         with taps.observing(observers), torch.no_grad(), progress_bar(progress and rank == 0) as bar:
-            task = bar.add_task("observing", total=len(batches))  # type: ignore[arg-type]
+            task = bar.add_task(description, total=len(batches))  # type: ignore[arg-type]
             for number, item in enumerate(batches):
                 batch, inputs = as_batch(item, samples)
                 samples += batch.shape[0]
                 if number % world == rank and len(batch.tokens):
+                    inputs = {k: v.to(device) for k, v in inputs.items()}
                     with taps.on_batch(batch):
-                        stack(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
+                        out = run(**inputs, use_cache=False)
+                    if readers:
+                        hand_logits(readers, batch, inputs["input_ids"], out.logits)
+                    del out  # logits are large: not two batches' at once
                 seen += len(batch.tokens)
                 bar.advance(task)
         if not seen:
@@ -141,6 +158,12 @@ class DomainTable:
         table = torch.tensor([self.domains.index(name) for name in tokens.domains])
         return table[tokens.domain]
 
+    def used_slots(self, event: MoEEvent) -> tuple[Bool[Tensor, "n k"], Int[Tensor, " m"]]:
+        """Which slots an expert serves, and the flat place of each of these: row * experts + expert."""
+        weights, indices = event.routing.weights.cpu(), event.routing.indices.cpu()
+        used = (weights != 0) & (indices < event.num_experts)
+        return used, (self.rows(event.tokens)[:, None] * event.num_experts + indices)[used]
+
     def add(self, layer: int, name: str, columns: int, place: Tensor, value: Tensor) -> None:
         """Add `value` [M] at the flat places row * columns + column [M]."""
         size = len(self.domains)
@@ -219,19 +242,15 @@ class SlotStats:
         self._first_layer: int | None = None
 
     def update(self, event: MoEEvent) -> None:
-        rows = self._table.rows(event.tokens)
         if self._first_layer in (None, event.layer):
             self._first_layer = event.layer
             for name, n in zip(event.tokens.domains, event.tokens.domain.bincount(minlength=len(event.tokens.domains))):
                 self._tokens[name] = self._tokens.get(name, 0) + int(n)
-        weights, indices, norms = (t.cpu() for t in (event.routing.weights, event.routing.indices, event.norms))
-        experts = event.num_experts
-        used = (weights != 0) & (indices < experts)
-        place = (rows[:, None] * experts + indices)[used]
-        weights, norms = weights[used].float(), norms[used]
+        used, place = self._table.used_slots(event)
+        weights, norms = event.routing.weights.cpu()[used].float(), event.norms.cpu()[used]
         values = (torch.ones_like(weights), weights, norms, weights * norms)
         for name, value in zip(self._NAMES, values):
-            self._table.add(event.layer, name, experts, place, value)
+            self._table.add(event.layer, name, event.num_experts, place, value)
 
     def merge(self, other: Self) -> None:
         self._table.merge(other._table)
@@ -259,10 +278,7 @@ class ExpertCounts:
         return tuple(self._table.domains)
 
     def update(self, event: MoEEvent) -> None:
-        rows = self._table.rows(event.tokens)
-        weights, indices = event.routing.weights.cpu(), event.routing.indices.cpu()
-        used = (weights != 0) & (indices < event.num_experts)
-        place = (rows[:, None] * event.num_experts + indices)[used]
+        _, place = self._table.used_slots(event)
         self._table.add(event.layer, "count", event.num_experts, place, torch.ones_like(place))
 
     def merge(self, other: Self) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,12 +17,16 @@ from moestro.bundled import bundled_path
 from moestro.view.edit import Edit
 from moestro.view.events import Observer
 from moestro.view.layers import MoELayer, find_layers, load, stack_of
+from moestro.view.lm_logits import logits_observers
 from moestro.view.observe import as_batch, observe
 from moestro.view.taps import Taps
 
 
 class ExpertView:
     """A model seen through its experts. The model itself stays an ordinary transformers model (`view.model`)."""
+
+    streamed = False
+    """Whether the weights stay on disk (see `StreamView`)."""
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, part: str | None = None):
         self.model: Any = model
@@ -48,13 +53,22 @@ class ExpertView:
 
     # Observe and edit: the weights stay as they are
 
-    def observe(self, data: Iterable[Any], observers: Sequence[Observer], *, progress: bool = True) -> list[Any]:
+    def observe(
+        self,
+        data: Iterable[Any],
+        observers: Sequence[Observer],
+        *,
+        progress: bool = True,
+        description: str = "observing",
+    ) -> list[Any]:
         """Run the model once over `data` for all observers; returns their results in order. See `observe.observe`."""
-        return observe(self.stack, self._taps, data, observers, progress=progress)
+        return observe(self.model, self.stack, self._taps, data, observers, progress=progress, description=description)
 
     @contextmanager
     def observing(self, *observers: Observer) -> Iterator[None]:
         """Observe whatever runs inside the block, `generate` included; samples are rows of the batch."""
+        if logits_observers(observers):
+            raise ValueError("lm_logits are handed out by view.observe(data, observers) alone")
         with self._taps.observing(observers):
             yield
 
@@ -75,6 +89,7 @@ class ExpertView:
 
     # Surgery: the weights change
 
+    @surgery.uninterrupted()
     def keep_experts(self, keep: surgery.Keep) -> None:
         """Drop all experts but {layer: [ids]}. See `surgery.keep_experts`."""
         self._check_idle()
@@ -84,6 +99,7 @@ class ExpertView:
             self.original_ids[index] = [self.original_ids[index][e] for e in ids]
         self._state_counts()
 
+    @surgery.uninterrupted()
     def merge_experts(
         self,
         clusters: Mapping[int, Sequence[Sequence[int]]],
@@ -123,6 +139,11 @@ class ExpertView:
             (count,) = counts
             surgery.set_expert_count(self._holders(), self._stated, count)
             self._stated = count
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.stack.parameters()).device
 
     @property
     def num_bytes(self) -> int:

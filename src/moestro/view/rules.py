@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moestro.layers.routers.base import Router
 from moestro.routing import Routing, RoutingRule, Score, dense_weights
 
 PROBE_TOKENS = 128
@@ -35,9 +36,13 @@ class RouterCall:
     def __init__(self, block: nn.Module, router: nn.Module):
         self.block, self.router = block, router
         matrix = next((p for p in router.parameters() if p.dim() == 2), None)
-        if matrix is None:
+        if matrix is not None:
+            self.hidden_size = matrix.shape[1]
+        elif isinstance(router, Router):  # it reads the experts' weights, say
+            matrix, self.hidden_size = next(block.parameters()), router.hidden_size
+        else:
             raise TypeError("a router without a weight matrix")
-        self.hidden_size, self.dtype, self.device = matrix.shape[1], matrix.dtype, matrix.device
+        self.dtype, self.device = matrix.dtype, matrix.device
         parameters = list(inspect.signature(router.forward).parameters.values())[1:]
         self.extra = [p.name for p in parameters if p.name == "input_ids" or hasattr(block, p.name)]
         missing = [p.name for p in parameters if p.default is p.empty and p.name not in self.extra and p.kind < 2]

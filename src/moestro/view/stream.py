@@ -10,34 +10,32 @@ loaded, cut as planned, converted to the checkpoint's own form and written.
 from __future__ import annotations
 
 import hashlib
-import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import moestro.view.checkpoint as checkpoint
 import moestro.view.surgery as surgery
 from moestro.view.events import Observer
-from moestro.view.layers import MoELayer, _could_route, is_experts, load_tokenizer
+from moestro.view.layers import MoELayer, load_tokenizer
+from moestro.view.lm_logits import hand_logits, language_model, logits_observers
 from moestro.view.observe import _merged, _rank_and_world, as_batch, progress_bar
 from moestro.view.open import ExpertView
-from moestro.view.rules import named_tensors
+from moestro.view.stream_parts import Ahead, State, adopt_generation_config, copy_companions, list_of, router_names
 from moestro.view.stream_walk import Hidden, Progress, Walk
 from moestro.view.stream_weights import SHARD_BYTES, Group, Weights, Writer
 
 HIDDEN_BYTES = 2**30
 """Hidden states of the calibration set are kept in memory up to this size, beyond it in files."""
-PREFETCH_BYTES = 2**31
-"""Layers up to this size are read ahead while the layer before them computes."""
 
 
 class StreamView(ExpertView):
@@ -50,6 +48,8 @@ class StreamView(ExpertView):
     Raises:
         FileNotFoundError, ValueError: an incomplete or quantised checkpoint, or a model that ExpertView refuses.
     """
+
+    streamed = True
 
     def __init__(
         self,
@@ -75,19 +75,24 @@ class StreamView(ExpertView):
             config._experts_implementation = experts_implementation
         self._weights = Weights(self.path, config, dtype=dtype, device=device)
         model = self._weights.model
-        _adopt_generation_config(model, self.path)
+        adopt_generation_config(model, self.path)
         with torch.no_grad():
-            self._weights.load(self._weights.under(*_router_names(model)))
+            self._weights.load(self._weights.under(*router_names(model)))
             super().__init__(model, tokenizer if tokenizer is not None else load_tokenizer(self.path), part=part)
-        self._list_name = _list_of(self.layers)
+        self._list_name = list_of(self.layers)
         self._decoder = list(model.get_submodule(self._list_name))
         self._plan: dict[int, list[Callable[[list[MoELayer]], None]]] = {layer.index: [] for layer in self.layers}
-        self._as_opened = [_State(module, self._holders_in(i)) for i, module in enumerate(self._decoder)]
+        self._as_opened = [State(module, self._holders_in(i)) for i, module in enumerate(self._decoder)]
 
     @property
     def original_bytes(self) -> int:
         """Size of the weights in the checkpoint on disk; `num_bytes` is that of the one to be saved."""
         return self._weights.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where layers are computed."""
+        return torch.device(self._weights.device)
 
     @property
     def num_bytes(self) -> int:
@@ -97,12 +102,14 @@ class StreamView(ExpertView):
 
     # Surgery: at once on the skeleton, which checks it; on the weights whenever a layer is loaded
 
+    @surgery.uninterrupted()
     def keep_experts(self, keep: surgery.Keep) -> None:
         """Plan to drop all experts but {layer: [ids]}; checked at once. See `surgery.keep_experts`."""
         super().keep_experts(keep)
         for index, ids in keep.items():
             self._plan[index].append(partial(surgery.keep_experts, keep={index: list(ids)}))
 
+    @surgery.uninterrupted()
     def merge_experts(
         self,
         clusters: Mapping[int, Sequence[Sequence[int]]],
@@ -130,28 +137,32 @@ class StreamView(ExpertView):
         observers: Sequence[Observer],
         *,
         progress: bool = True,
+        description: str = "observing",
         work: str | Path | None = None,
         hidden_bytes: int = HIDDEN_BYTES,
     ) -> list[Any]:
         """Run the model over `data` for all observers, layer by layer; returns their results in order.
 
         Arguments and results are those of `ExpertView.observe`, bit for bit in the same dtype; events come layer by
-        layer instead of batch by batch. Layers behind the last MoE layer are not run.
+        layer instead of batch by batch. Layers behind the last MoE layer are run only where an observer needs
+        "lm_logits", which are handed out batch by batch in the last layer.
 
         work: a directory in which to keep the hidden states and the observers after every layer. A run that was cut
             off goes on with the next layer when it is started again with the same arguments. Delete it when done.
         hidden_bytes: hidden states larger than this are kept in files.
 
         Raises:
-            ValueError: no batch holds a token, an observer asks for an unknown need, `work` belongs to another
-                observation (says what differs), or an observer cannot be pickled into it.
+            ValueError: no batch holds a token, an observer asks for an unknown need or for the logits of a model
+                without a language head, `work` belongs to another observation (says what differs), or an observer
+                cannot be pickled into it.
             FloatingPointError: NaN router logits; names the layer and the sample.
         """
         rank, world = _rank_and_world()
         batches = data if hasattr(data, "__len__") and hasattr(data, "__getitem__") else list(data)
         observers, failure = list(observers), None
+        shown = description if progress and rank == 0 else None
         try:
-            self._observe(batches, observers, rank, world, progress and rank == 0, work, hidden_bytes)
+            self._observe(batches, observers, rank, world, shown, work, hidden_bytes)
         except Exception as e:
             if world == 1:
                 raise
@@ -165,11 +176,11 @@ class StreamView(ExpertView):
         observers: list[Observer],
         rank: int,
         world: int,
-        progress: bool,
+        description: str | None,
         work: str | Path | None,
         hidden_bytes: int,
     ) -> None:
-        """This process' share: every `world`-th batch, with `rank` the first."""
+        """This process' share: every `world`-th batch, with `rank` the first. `description`: of the progress bar."""
         mine, samples, seen = [], 0, 0
         for number in range(len(batches)):
             batch, _ = as_batch(batches[number], samples)
@@ -178,10 +189,12 @@ class StreamView(ExpertView):
             samples, seen = samples + batch.shape[0], seen + len(batch.tokens)
         if not seen:
             raise ValueError("the data holds no token to observe: every batch is empty or padding")
-        last = max(layer.index for layer in self.layers)
+        readers = logits_observers(observers)
+        model = language_model(self.model, self.stack) if readers else self.stack
+        last = len(self._decoder) - 1 if readers else max(layer.index for layer in self.layers)
         device = self._weights.device
         with ExitStack() as undo:
-            bar = undo.enter_context(progress_bar(progress))
+            bar = undo.enter_context(progress_bar(description is not None))
             stage: Progress | None = None
             if work is None:
                 directory = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="moestro-hidden-")))
@@ -190,22 +203,28 @@ class StreamView(ExpertView):
                 stage = Progress(directory, self._fingerprint(batches, observers))
             hidden = Hidden(directory, len(mine), hidden_bytes if stage is None else 0)
             first = 0 if stage is None else stage.resume(observers, hidden)
-            task = bar.add_task("observing", total=(last + 1) * len(mine), completed=first * len(mine))
+            task = bar.add_task(description or "", total=(last + 1) * len(mine), completed=first * len(mine))
             if first > last:
                 return
-            walk = Walk(self.stack, self._decoder)
+            walk = Walk(model, self.stack, self._decoder)
             undo.enter_context(torch.no_grad())
             undo.enter_context(self._taps.observing(observers))
             undo.enter_context(self._surroundings())
-            ahead = undo.enter_context(_Ahead(self._weights))
+            ahead = undo.enter_context(Ahead(self._weights))
             for index in range(first, last + 1):
-                with self._loaded(index, ahead), walk.at(index):
+                reading = readers if index == last else []
+                behind = self._around_stack(model) if reading else nullcontext()
+                with self._loaded(index, ahead), walk.at(index), behind:
                     ahead.start(self._groups(index + 1) if index < last else [])
                     for place, (number, first_sample) in enumerate(mine):
                         batch, inputs = as_batch(batches[number], first_sample)
                         inputs = {k: v.to(device) for k, v in inputs.items()}
+                        before = hidden.get(place, device)
                         with self._taps.on_batch(batch):
-                            handed = walk.run(inputs, hidden.get(place, device))
+                            if reading:
+                                hand_logits(reading, batch, inputs["input_ids"], walk.logits(inputs, before))
+                            else:
+                                handed = walk.run(inputs, before)
                         if index < last:
                             hidden.put(place, handed)
                         bar.advance(task)
@@ -254,10 +273,10 @@ class StreamView(ExpertView):
         return [m for layer in self.layers if layer.index == index for m in (layer.router, layer.block, layer.experts)]
 
     @contextmanager
-    def _loaded(self, index: int, ahead: _Ahead | None = None) -> Iterator[nn.Module]:
+    def _loaded(self, index: int, ahead: Ahead | None = None) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights, cut as planned; without them again when the block ends."""
         module = self._decoder[index]
-        planned = _State(module, self._holders_in(index))
+        planned = State(module, self._holders_in(index))
         try:
             self._as_opened[index].restore()
             groups = self._groups(index)
@@ -273,15 +292,33 @@ class StreamView(ExpertView):
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
         """What the stack holds beside its decoder layers, embeddings above all, with its weights."""
-        name = next(n for n, m in self.model.named_modules() if m is self.stack)
-        prefix = f"{name}." if name else ""
-        state = _State(self.stack, [])
-        inside = [g for g in self._weights.under(prefix) if not g.targets[0].startswith(self._list_name + ".")]
+        state = State(self.stack, [])
+        groups = self._weights.under(self._prefix(self.stack))
+        inside = [g for g in groups if not g.targets[0].startswith(self._list_name + ".")]
         try:
             self._weights.load(inside)
             yield
         finally:
             state.restore()
+
+    @contextmanager
+    def _around_stack(self, model: nn.Module) -> Iterator[None]:
+        """What `model` holds around the stack, its head above all, with its weights; but no other sub-model's."""
+        if model is self.stack:
+            yield
+            return
+        inner, stack = self._prefix(model), self._prefix(self.stack)
+        names = [f"{name}." for name, m in self.model.named_modules() if name and isinstance(m, PreTrainedModel)]
+        others = tuple(name for name in names if name == stack or not stack.startswith(name))
+        groups = [g for g in self._weights.under(inner) if not g.targets[0].startswith(others)]
+        ties = self.model.all_tied_weights_keys.items()
+        with self._part(groups, {t: s for t, s in ties if t.startswith(inner) and not t.startswith(others)}):
+            yield
+
+    def _prefix(self, module: nn.Module) -> str:
+        """What the names of the module's tensors begin with."""
+        name = next(n for n, m in self.model.named_modules() if m is module)
+        return f"{name}." if name else ""
 
     # Save
 
@@ -306,14 +343,14 @@ class StreamView(ExpertView):
                 layout |= self._weights.to_stored(self._tensors(index, groups, names))
         size = sum(t.nbytes for t in layout.values())
         with checkpoint.complete_directory(path, overwrite=overwrite, size=size) as half, torch.no_grad():
-            _copy_companions(self.path, half)
+            copy_companions(self.path, half)
             config.save_pretrained(half)
             if self.model.can_generate():
                 self.model.generation_config.save_pretrained(half)
             checkpoint.write_beside(half, self.tokenizer, self.original_ids)
             writer = Writer(half, layout, shard_bytes=shard_bytes)
             try:
-                with progress_bar() as bar, _Ahead(self._weights) as ahead:
+                with progress_bar() as bar, Ahead(self._weights) as ahead:
                     task = bar.add_task("saving", total=len(self._decoder))
                     for index, groups in self._units():
                         with self._loaded(index, ahead) if index is not None else self._part(groups):
@@ -347,11 +384,15 @@ class StreamView(ExpertView):
         return {name: tensor for name, tensor in state.items() if name in names}
 
     @contextmanager
-    def _part(self, groups: list[Group]) -> Iterator[None]:
-        owners = {t.rpartition(".")[0] for g in groups for t in g.targets}
-        states = [_State(self.model.get_submodule(owner), [], recurse=False) for owner in owners]
+    def _part(self, groups: list[Group], ties: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+        """These groups with their weights, and {tensor: the loaded one that it is tied to}."""
+        owners = {t.rpartition(".")[0] for g in groups for t in g.targets} | {t.rpartition(".")[0] for t in ties}
+        states = [State(self.model.get_submodule(owner), [], recurse=False) for owner in owners]
         try:
             self._weights.load(groups)
+            for target, source in ties.items():
+                owner, _, attribute = target.rpartition(".")
+                setattr(self.model.get_submodule(owner), attribute, self.model.get_parameter(source))
             yield
         finally:
             for state in states:
@@ -364,80 +405,3 @@ class StreamView(ExpertView):
             yield
         finally:
             self.model.config = former
-
-
-class _State:
-    """The tensors of a module and the numbers of experts that some modules state, to come back to."""
-
-    def __init__(self, module: nn.Module, holders: Iterable[Any], *, recurse: bool = True):
-        self._tensors = [(owner, attr, getattr(owner, attr)) for _, owner, attr in named_tensors(module, recurse)]
-        self._numbers = [(h, n, v) for h in holders for n, v in surgery.numbers(h, surgery.EXPERT_COUNT)]
-
-    def restore(self) -> None:
-        for owner, name, value in [*self._tensors, *self._numbers]:
-            setattr(owner, name, value)
-
-
-def _router_names(model: nn.Module) -> list[str]:
-    """What may be a router, beside the experts or in the block itself: prefixes of names. Found by shapes alone."""
-    names = []
-    for name, module in model.named_modules():
-        if is_experts(module):
-            block_name, _, own = name.rpartition(".")
-            block = model.get_submodule(block_name)
-            count = next(p for p in module.parameters(recurse=False) if p.dim() == 3).shape[0]
-            for child_name, child in block.named_children():
-                if child_name != own and _could_route(child, count):
-                    names.append(f"{block_name}.{child_name}.")
-            names += [f"{block_name}.{attr}" for _, _, attr in named_tensors(block, recurse=False)]
-    return names or ["no such module"]
-
-
-def _list_of(layers: Sequence[MoELayer]) -> str:
-    """Name of the list of decoder layers. Raises ValueError where the experts lie in none."""
-    numbers = list(re.finditer(r"\.(\d+)(?=\.|$)", layers[0].name))
-    if not numbers:
-        raise ValueError(f"{layers[0].name} lies in no list of decoder layers; open the model with stream=False")
-    return layers[0].name[: numbers[-1].start()]
-
-
-def _adopt_generation_config(model: Any, path: Path) -> None:
-    from transformers import GenerationConfig
-
-    if model.can_generate() and (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
-
-
-COMPANIONS = ("*.jinja", "*.model", "*.txt", "*tokenizer*", "vocab*", "special_tokens_map.json", "*processor*.json")
-"""Files of a checkpoint directory that a pruned one needs as well."""
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    for pattern in (*COMPANIONS, "LICENSE*"):
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
-
-
-class _Ahead:
-    """Reads the next layer in a thread while the current one computes."""
-
-    def __init__(self, weights: Weights):
-        self._weights, self._pool = weights, ThreadPoolExecutor(1)
-        self._reading: Future[None] | None = None
-
-    def __enter__(self) -> _Ahead:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True)
-        self._weights.forget()
-
-    def start(self, groups: Sequence[Group]) -> None:
-        if groups and self._weights.size_of(groups) <= PREFETCH_BYTES:
-            self._reading = self._pool.submit(self._weights.fetch, groups)
-
-    def wait(self, groups: Sequence[Group]) -> None:
-        reading, self._reading = self._reading, None
-        if reading is not None:
-            reading.result()

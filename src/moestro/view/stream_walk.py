@@ -47,10 +47,13 @@ class Handed:
 
 
 class Walk:
-    """Runs the decoder layers of a stack one at a time, for one batch after the other."""
+    """Runs the decoder layers of a stack one at a time, for one batch after the other.
 
-    def __init__(self, stack: nn.Module, decoder: Sequence[nn.Module]):
-        self._stack, self._decoder = stack, decoder
+    `model`: the stack, or a model around it, which may give the layers other positions and masks than the stack alone.
+    """
+
+    def __init__(self, model: Any, stack: nn.Module, decoder: Sequence[nn.Module]):
+        self._model, self._stack, self._decoder = model, stack, decoder
         self._current = 0
         self._handed = Handed()
         self._out: Any = None
@@ -71,14 +74,37 @@ class Walk:
 
     def run(self, inputs: Mapping[str, Tensor], handed: Handed) -> Handed:
         """One batch: what the layer and those before it hand on."""
+        with self._playing(handed):
+            self._up_to_the_stack(inputs)
+            return Handed({**handed.outputs, self._current: self._out}, self._handed.written)
+
+    def logits(self, inputs: Mapping[str, Tensor], handed: Handed) -> Tensor:
+        """One batch through the last layer and what the model does behind it: the logits [B, T, V]."""
+        text = self._model.config.get_text_config()  # a loss of all layers' router logits cannot be had here
+        silent = {"output_router_logits": False} if getattr(text, "output_router_logits", False) else {}
+        with self._playing(handed):
+            return self._model(**inputs, use_cache=False, **silent).logits
+
+    @contextmanager
+    def _playing(self, handed: Handed) -> Iterator[None]:
         self._handed, self._out, self._ran = handed, None, False
-        self._stack(**inputs, use_cache=False)
+        yield
         if not self._ran:
             raise RuntimeError(f"{type(self._stack).__name__} did not call its decoder layer {self._current}")
-        outputs = {**handed.outputs, self._current: self._out}
-        written = self._handed.written
         self._handed, self._out = Handed(), None
-        return Handed(outputs, written)
+
+    def _up_to_the_stack(self, inputs: Mapping[str, Tensor]) -> None:
+        """The model's forward as far as the stack's end: what lies behind it has no weights yet."""
+        if self._model is self._stack:
+            self._stack(**inputs, use_cache=False)
+            return
+        hook = self._stack.register_forward_hook(_stop)
+        try:
+            self._model(**inputs, use_cache=False)
+        except _StackRan:
+            pass
+        finally:
+            hook.remove()
 
     def _play(self, number: int, *args: Any, **kwargs: Any) -> Any:
         if number > self._current:
@@ -132,8 +158,16 @@ class Walk:
             for number, module in enumerate(self._decoder):
                 undo.callback(delattr, module, "forward")
                 module.forward = partial(play, number)  # type: ignore[method-assign]
-            self._stack(**inputs, use_cache=False)
+            self._up_to_the_stack(inputs)
         return seen
+
+
+class _StackRan(Exception):
+    """Ends a forward that went far enough."""
+
+
+def _stop(*_: Any) -> None:
+    raise _StackRan
 
 
 def _each(change: Callable[[Tensor], Tensor], value: Any) -> Any:

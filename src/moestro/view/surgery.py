@@ -8,8 +8,11 @@ before anything is changed. Shapes: E experts, H hidden.
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +31,24 @@ EXPERT_COUNT = re.compile(r"^(?!.*(shared|per_tok|top|group|size|dim|layer)).*(e
 TOP_K = re.compile(r"^(?!.*(group|index)).*(top_?k|per_tok(en)?|moe_k)(_experts)?$")
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done: tensors that are cut cannot be put back."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # then no KeyboardInterrupt is raised here
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
+
+
+@uninterrupted()
 def keep_experts(layers: Sequence[MoELayer], keep: Keep) -> None:
     """Drop all experts but those named; layers that are not named stay as they are. In the order of the ids given.
 
@@ -85,6 +106,7 @@ def check_keep(layer: MoELayer, ids: Sequence[int]) -> None:
             raise ValueError(f"{where} routes in groups: give the experts to keep in ascending order")
 
 
+@uninterrupted()
 def merge_experts(
     layers: Sequence[MoELayer],
     clusters: Mapping[int, Sequence[Sequence[int]]],
@@ -246,6 +268,8 @@ def per_expert_tensors(layer: MoELayer) -> list[tuple[str, nn.Module, str, int]]
     ):
         for _, owner, attr in named_tensors(module, recurse):
             tensor = getattr(owner, attr)
+            if getattr(owner, "holds_no_experts", False):
+                continue  # a layer of a native router whose size may happen to be the number of experts
             if tensor.dim() and tensor.shape[0] in sizes:
                 found.append((place, owner, attr, 0))
             elif tensor.dim() > 1 and tensor.shape[-1] in sizes and tensor.numel() in sizes:
@@ -312,15 +336,23 @@ def _slice(owner: nn.Module, attr: str, ids: Sequence[int], dim: int) -> Callabl
     return partial(setattr, owner, attr, old)
 
 
-def pad_to_uniform(keep: Keep, scores: Mapping[int, Float[Tensor, " e"]]) -> dict[int, list[int]]:
-    """Fill every layer up to the largest number kept, with its next best experts by score.
+def pad_to_uniform(
+    layers: Sequence[MoELayer], keep: Keep, scores: Mapping[int, Float[Tensor, " e"]]
+) -> dict[int, list[int]]:
+    """Fill every layer (of a grouped router: every group) up to the largest number kept, with its next best by score.
 
     For families whose checkpoints store one number of experts for all layers.
     """
-    most = max(len(ids) for ids in keep.values())
+    _check_layers(layers, keep)
+    chosen = [layer for layer in layers if layer.index in keep]
+    groups = max(layer.rule.groups if layer.rule else 1 for layer in chosen)
+    group_of = {layer.index: [e * groups // layer.num_experts for e in keep[layer.index]] for layer in chosen}
+    most = max(of.count(g) for of in group_of.values() for g in range(groups))
     padded = {}
-    for index, ids in keep.items():
-        order = scores[index].nan_to_num(float("-inf")).argsort(descending=True, stable=True).tolist()
-        spare = [e for e in order if e not in set(ids)]
-        padded[index] = sorted([*ids, *spare[: most - len(ids)]])
+    for layer in chosen:
+        score = scores[layer.index].double().nan_to_num(nan=float("-inf"))
+        score[list(keep[layer.index])] = float("inf")
+        best = score.view(groups, -1).argsort(dim=1, descending=True, stable=True)[:, :most]
+        first = torch.arange(groups)[:, None] * (layer.num_experts // groups)
+        padded[layer.index] = sorted((best + first).flatten().tolist())
     return padded

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ class Taps:
         self._needs: frozenset[str] = frozenset()
         self._batch: Batch | None = None
         self._routed: dict[int, Routing] = {}
-        self._normed: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._normed: dict[int, list[tuple[ref[Tensor], Tensor, Tensor]]] = {}
+        self._parts: dict[int, list[tuple[ref[Tensor], bool]]] = {}
         self._residual: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
         self._replaced_args: tuple[Tensor, ...] | None = None
@@ -135,7 +137,7 @@ class Taps:
 
     def _forget(self) -> None:
         self._observers, self._needs = [], frozenset()
-        for memory in (self._routed, self._normed, self._residual):
+        for memory in (self._routed, self._normed, self._parts, self._residual):
             memory.clear()
 
     @contextmanager
@@ -178,7 +180,7 @@ class Taps:
     def _on_router(self, layer: MoELayer, router: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         edits = [e for e in self._edits if (chosen := e.layers()) is None or layer.index in chosen]
         if "residual" in self._needs:
-            self._residual[layer.index] = self._behind_norm(layer, args[0] if args else next(iter(kwargs.values())))
+            self._residual[layer.index] = self._stream(layer, args[0] if args else next(iter(kwargs.values())))
         if not edits and not self._observers:
             return None
         logits, weights, indices = (t.reshape(-1, t.shape[-1]) for t in out[:3])
@@ -345,7 +347,7 @@ class Taps:
             observer.update(event)
 
     def _watch_norms(self, undo: ExitStack) -> None:
-        """Remember what goes in and out of the norms beside each MoE block."""
+        """Remember what goes in and out of the norms beside each MoE block, and what the layer's parts give."""
         from moestro.view.layers import decoder_layer
 
         for layer in self.layers:
@@ -356,14 +358,48 @@ class Taps:
                 if plain or "norm" in type(module).__name__.lower():  # a gated norm has parts of its own
                     hook = module.register_forward_hook(partial(self._on_norm, layer.index))
                     undo.callback(hook.remove)
+            for module in owner.children():
+                undo.callback(module.register_forward_hook(partial(self._on_part, layer.index)).remove)
 
     def _on_norm(self, index: int, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if isinstance(out, Tensor) and args and isinstance(args[0], Tensor) and args[0].shape == out.shape:
-            self._normed.setdefault(index, []).append((args[0], out))
+            self._normed.setdefault(index, []).append((ref(args[0]), args[0].detach(), out))
 
-    def _behind_norm(self, layer: MoELayer, router_input: Tensor) -> Tensor:
-        """The residual stream: what went into the norm whose output the router reads, else the router's input."""
+    def _on_part(self, index: int, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        several = isinstance(out, tuple)
+        tensors = [t for t in (out if several else [out]) if isinstance(t, Tensor)]
+        self._parts.setdefault(index, []).extend((ref(t), several) for t in tensors)
+
+    def _stream(self, layer: MoELayer, router_input: Tensor) -> Tensor:
+        """The residual stream: what went into the norm whose output the router reads, else the router's input.
+
+        The layer still holds it, since the block is to be added to it (where the norm was given a copy in another
+        type, one of its parts made it), and it is none of several tensors that a part gives: those are a mix of
+        streams and how to undo it.
+        """
         pairs = self._normed.pop(layer.index, [])
+        parts = [(t, several) for weak, several in self._parts.pop(layer.index, []) if (t := weak()) is not None]
         self._normed.clear()
-        pointer = router_input.data_ptr()
-        return next((before for before, after in reversed(pairs) if after.data_ptr() == pointer), router_input)
+        self._parts.clear()
+        stream: Tensor | None = router_input
+        for held, before, after in reversed(pairs):
+            if _same_values(after, router_input):
+                stream = held()
+                if stream is None:
+                    stream = next((t for t, _ in parts if _same_values(t, before)), None)
+                break
+        if stream is None or any(several and t.data_ptr() == stream.data_ptr() for t, several in parts):
+            raise ValueError(
+                f"layer {layer.index} ({layer.name}): the residual stream could not be found: what its norm or router "
+                "reads is not what the experts' output is added to; observers that need it, easy-ep for one, cannot "
+                "run; use saliency 'reap'"
+            )
+        return stream
+
+
+def _same_values(tensor: Tensor, other: Tensor) -> bool:
+    """Whether `other` is the tensor, also in another shape or rounded to another type."""
+    if tensor.numel() != other.numel():
+        return False
+    same_memory = tensor.data_ptr() == other.data_ptr()
+    return same_memory or torch.equal(tensor.reshape(other.shape).to(other.dtype), other)
