@@ -34,8 +34,14 @@ from moestro.layers import MoE, gather_losses
 from moestro.layers.experts import EXPERTS
 from moestro.layers.experts.feed_forward import FeedForwardExperts
 from moestro.layers.kinds import Kind, make, named
+from moestro.layers.linear import Linear
 from moestro.layers.momentum import AdamFirst, HeavyBall, RobustMomentum
+from moestro.layers.norm import RMSNorm
 from moestro.layers.routers import ROUTERS, Router
+from moestro.models.attention import NAME as BLOCKED_CAUSAL
+from moestro.models.attention import Attention
+from moestro.models.head import next_token_loss
+from moestro.models.monet import build_monet
 from moestro.routing import RoutingContext
 
 
@@ -47,6 +53,7 @@ class MoELMConfig(Qwen3MoeConfig):
     moe_layers: numbers of the sparse layers; None for all. The others are dense, `intermediate_size` wide.
     shared_intermediate_size: width of the shared expert; 0 for none.
     router_losses: {name in LOSSES: coefficient or options}.
+    fused_loss: where labels are given, the loss is computed without keeping logits, which are None then: faster.
     """
 
     model_type = "moestro_lm"
@@ -59,6 +66,7 @@ class MoELMConfig(Qwen3MoeConfig):
     moe_layers: list[int] | None = None
     shared_intermediate_size: int = 0
     router_losses: dict[str, Any] | None = None
+    fused_loss: bool = False
     norm_topk_prob: bool = True
     __no_type_check__ = True  # configs take any further keyword; jaxtyping's check of dataclasses would refuse it
 
@@ -69,26 +77,14 @@ class MoELMConfig(Qwen3MoeConfig):
         super().__post_init__(**kwargs)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in one kernel (arXiv:1910.07467)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class FeedForward(nn.Module):
     """A dense SwiGLU layer; also the shared expert."""
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, width)
+        self.up_proj = Linear(hidden_size, width)
+        self.down_proj = Linear(width, hidden_size)
 
     def forward(self, hidden: Tensor, context: RoutingContext | None = None) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
@@ -120,11 +116,11 @@ def build_router(config: MoELMConfig, num_experts: int, common: Common) -> Route
     return make(make_router, *sizes, options=options, offered=offered)
 
 
-BLOCKS: dict[str, Callable[..., nn.Module]] = {"moe": build_moe}
+BLOCKS: dict[str, Callable[..., nn.Module]] = {"moe": build_moe, "monet": build_monet}
 """Feed-forward parts of sparse layers: (config, layer, common, **options) -> module called with (hidden, context)."""
 
-ATTENTIONS: dict[str, Callable[..., nn.Module]] = {"full": Qwen3MoeAttention}
-"""Attention modules: (config, layer, **options) -> module called as Qwen3MoeAttention is."""
+ATTENTIONS: dict[str, Callable[..., nn.Module]] = {"full": Attention}
+"""Attention modules: (config, layer, **options) -> module called as transformers' Qwen3MoeAttention is."""
 
 
 class PlainResidual(nn.Module):
@@ -194,6 +190,9 @@ class MoELMPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        return super().get_correct_attn_implementation(requested_attention or BLOCKED_CAUSAL, is_init_check)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(requested_experts or "moestro")
@@ -284,7 +283,7 @@ class MoELMForCausalLM(MoELMPreTrainedModel, GenerationMixin):
     def __init__(self, config: MoELMConfig):
         super().__init__(config)
         self.model = MoELMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @can_return_tuple
@@ -309,12 +308,18 @@ class MoELMForCausalLM(MoELMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        hidden = outputs.last_hidden_state
+        fused = labels is not None and self.config.fused_loss
+        logits = None if fused else self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         losses = list(gather_losses(self.model).values()) if self.training else []
         aux_loss = torch.stack(losses).sum() if losses else None
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            if fused:
+                items = kwargs.get("num_items_in_batch")
+                loss, _ = next_token_loss(hidden, self.lm_head.weight, labels, num_items_in_batch=items)
+            else:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             loss = loss if aux_loss is None else loss + aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,
