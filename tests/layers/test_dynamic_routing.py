@@ -15,6 +15,7 @@ from moestro.routing import Routing, RoutingContext, RoutingRule, dense_weights
 from moestro.steer.reroute import top_k, top_p
 from moestro.view.edit import SwitchOff
 from native_lm import check_generates, check_observed, check_round_trip, check_trains, small_lm, token_ids
+from tiny import make
 
 LM = dict(router={"kind": "top_p", "p": 0.5}, router_losses={"top_p_balance": 0.01, "router_entropy": 0.01})
 
@@ -161,6 +162,17 @@ def test_p_of_an_open_model_and_back() -> None:
     with view.edits(top_k(view, 1)):
         torch.testing.assert_close(logits(model), few)
     assert torch.equal(logits(model), before)
+
+
+def test_overrides_work_with_every_experts_implementation() -> None:
+    found = []
+    for implementation in ("eager", "moestro"):
+        small = make("qwen3_moe").model.eval()
+        small.set_experts_implementation(implementation)
+        view = moestro.open(small)
+        with view.edits(top_p(view, 0.3)), torch.no_grad():
+            found.append(small(input_ids=token_ids()).logits)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_an_override_of_some_rows_leaves_the_others() -> None:

@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from moestro.layers.routers.top_p import check_p
 from moestro.routing import Routing, RoutingRule
 from moestro.view.edit import Edit
@@ -38,7 +40,9 @@ class Reroute(Edit):
             raise ValueError(f"top_k={top_k} in layer {layer.index}, which has {layer.num_experts} experts")
 
     def routing(self, layer: int, routing: Routing) -> Routing:
-        return self.rules[layer](routing.logits)
+        logits, weights, indices = self.rules[layer](routing.logits)
+        # unused slots name the token's first expert, not E: not every experts implementation knows that index
+        return Routing(logits, weights, torch.where(weights == 0, indices[:, :1], indices))
 
 
 def top_k(view: Any, k: int) -> Reroute:
