@@ -12,6 +12,7 @@ from moestro.layers.routers.base import Router
 from moestro.layers.routers.baselines import ExpertChoiceRouter, HashRouter, RandomRouter
 from moestro.layers.routers.comet import CometRouter
 from moestro.layers.routers.permutation import PermutationSearch, PermutedRouter
+from moestro.layers.routers.sparsity_aware import SparsityAwareRouter
 from moestro.layers.routers.top_k import TopKRouter
 from moestro.layers.routers.top_p import TopPRouter
 
@@ -45,6 +46,7 @@ ROUTERS: dict[str, Callable[..., Any]] = {
     "comet": CometRouter,
     "permuted": permuted,
     "top_p": TopPRouter,
+    "sparsity_aware": SparsityAwareRouter,
 }
 
 __all__ = ["ROUTERS", "Router"]
