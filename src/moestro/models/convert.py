@@ -17,7 +17,7 @@ from moestro.models.lm import MoELMForCausalLM
 def rebuilt(model: nn.Module, **changes: Any) -> MoELMForCausalLM:
     """A model whose config has `changes` (router="...", residual={"kind": ...}, ...), with this one's weights.
 
-    Raises ValueError where a weight has no place in the new model: it would be lost. Weights of routers may go.
+    New routers are drawn. Raises ValueError where another weight has no place in the new model: it would be lost.
     """
     if not isinstance(model, MoELMForCausalLM):
         raise ValueError(
@@ -32,8 +32,13 @@ def rebuilt(model: nn.Module, **changes: Any) -> MoELMForCausalLM:
     new: Any = MoELMForCausalLM(config)
     new.to(device=model.device, dtype=model.dtype)
     ours, theirs = model.state_dict(), new.state_dict()
-    kept = {n: t for n, t in ours.items() if n in theirs and theirs[n].shape == t.shape}
-    lost = [n for n in ours if n not in kept and ".router." not in n]
+    drawn = ".router." if "router" in changes else None
+    kept = {
+        name: tensor
+        for name, tensor in ours.items()
+        if name in theirs and theirs[name].shape == tensor.shape and not (drawn and drawn in name)
+    }
+    lost = [name for name in ours if name not in kept and not (drawn and drawn in name)]
     if lost:
         raise ValueError(f"{lost[0]} of shape {tuple(ours[lost[0]].shape)} has no place in the changed model")
     with torch.no_grad():
@@ -48,3 +53,11 @@ def add_momentum(model: nn.Module, rule: str = "heavy_ball", **options: Any) -> 
     "MomentumSMoE" (arXiv:2410.14574).
     """
     return rebuilt(model, residual={"kind": rule, **options})
+
+
+def convert_to_recurrent(model: nn.Module, **options: Any) -> MoELMForCausalLM:
+    """The model with recurrent routers, new and untrained, and one cell for all layers (layers/routers/recurrent.py).
+
+    No recurrent router can be folded back into a linear one. "Layerwise Recurrent Router" (arXiv:2408.06793).
+    """
+    return rebuilt(model, router={"kind": "recurrent", **options})

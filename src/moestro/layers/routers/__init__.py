@@ -13,6 +13,7 @@ from moestro.layers.routers.baselines import ExpertChoiceRouter, HashRouter, Ran
 from moestro.layers.routers.comet import CometRouter
 from moestro.layers.routers.permutation import PermutationSearch, PermutedRouter
 from moestro.layers.routers.sparsity_aware import SparsityAwareRouter
+from moestro.layers.routers.recurrent import BottleneckRouter, RecurrentRouter
 from moestro.layers.routers.top_k import TopKRouter
 from moestro.layers.routers.top_p import TopPRouter
 
@@ -47,6 +48,8 @@ ROUTERS: dict[str, Callable[..., Any]] = {
     "permuted": permuted,
     "top_p": TopPRouter,
     "sparsity_aware": SparsityAwareRouter,
+    "recurrent": RecurrentRouter,
+    "bottleneck": BottleneckRouter,
 }
 
 __all__ = ["ROUTERS", "Router"]
