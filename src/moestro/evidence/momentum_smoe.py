@@ -41,7 +41,15 @@ CLAIM = (
 )
 SOURCES = ("layers/momentum.py", "evidence/training.py", "evidence/base.py", "data/sample/*.jsonl.gz")
 QUICK = {"seeds": 1, "steps": 25, "heldout_rows": 4}
-NOT_SHOWN: dict[str, str] = {}
+NOT_SHOWN = dict.fromkeys(
+    (
+        "heavy ball, 2.5% of the tokens swapped: nats by which its loss grows more than plain's",
+        "heavy ball, 10.0% of the tokens swapped: nats by which its loss grows more than plain's",
+    ),
+    "models with any larger step have a lower loss here and lose more under attack, the plain one with a larger step as "
+    "much as heavy ball: after so short a training, the plain model hardly uses the tokens before, so there is less to "
+    "spoil. That control also has most of heavy ball's gain in loss",
+)
 
 MU = 0.7
 DOMAINS = ("arithmetic", "code", "ui-ru")
