@@ -14,6 +14,7 @@ from moestro.layers.routers.comet import CometRouter
 from moestro.layers.routers.permutation import PermutationSearch, PermutedRouter
 from moestro.layers.routers.sparsity_aware import SparsityAwareRouter
 from moestro.layers.routers.recurrent import BottleneckRouter, RecurrentRouter
+from moestro.layers.routers.temperature import TemperatureRouter
 from moestro.layers.routers.top_k import TopKRouter
 from moestro.layers.routers.top_p import TopPRouter
 
@@ -46,6 +47,7 @@ ROUTERS: dict[str, Callable[..., Any]] = {
     "random": RandomRouter,
     "comet": CometRouter,
     "permuted": permuted,
+    "temperature": TemperatureRouter,
     "top_p": TopPRouter,
     "sparsity_aware": SparsityAwareRouter,
     "recurrent": RecurrentRouter,
