@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moestro.evidence.commands import papers, reproduce
+from moestro.evidence.league_command import league
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -90,6 +91,7 @@ def fit(
 
 app.command()(papers)
 app.command()(reproduce)
+app.command()(league)
 
 
 def _print_plan(view, plan) -> None:

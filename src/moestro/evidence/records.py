@@ -78,13 +78,13 @@ def run(key: str, *, quick: bool = False, progress: bool = True, **settings: Any
         settings=settings,
         date=datetime.now(UTC).replace(microsecond=0),
         versions={"python": platform.python_version(), **{n: version(n) for n in ("moestro", "torch", "transformers")}},
-        machine=_machine(),
+        machine=machine(),
         seconds=round(time.perf_counter() - start, 1),
         sources=sources,
     )
 
 
-def _machine() -> str:
+def machine() -> str:
     import torch
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -137,14 +137,14 @@ def fingerprints(module: ModuleType) -> dict[str, str]:
     """{file: fingerprint} of the paper's module and its SOURCES."""
     own = Path(str(module.__file__))
     files = {own, *(file for pattern in module.SOURCES for file in PACKAGE.glob(pattern))}
-    return {_name(file): _fingerprint(file) for file in sorted(files)}
+    return {_name(file): fingerprint(file) for file in sorted(files)}
 
 
 def _name(file: Path) -> str:
     return file.relative_to(PACKAGE).as_posix() if file.is_relative_to(PACKAGE) else file.name
 
 
-def _fingerprint(file: Path) -> str:
+def fingerprint(file: Path) -> str:
     """Of a Python file: what it does, whatever its comments, docstrings and layout. Of any other: its bytes."""
     content = file.read_bytes()
     if file.suffix == ".py":

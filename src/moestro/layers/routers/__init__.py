@@ -9,7 +9,7 @@ from typing import Any
 
 from moestro.layers.kinds import Kind, make, named
 from moestro.layers.routers.base import Router
-from moestro.layers.routers.baselines import ExpertChoiceRouter, HashRouter, RandomRouter
+from moestro.layers.routers.baselines import ExpertChoiceRouter, HashRouter, RandomRouter, RowRouter
 from moestro.layers.routers.comet import CometRouter
 from moestro.layers.routers.permutation import PermutationSearch, PermutedRouter
 from moestro.layers.routers.sparsity_aware import SparsityAwareRouter
@@ -44,6 +44,7 @@ ROUTERS: dict[str, Callable[..., Any]] = {
     "sigmoid": partial(TopKRouter, score="sigmoid", bias_rate=1e-3),
     "expert_choice": ExpertChoiceRouter,
     "hash": HashRouter,
+    "row": RowRouter,
     "random": RandomRouter,
     "comet": CometRouter,
     "permuted": permuted,

@@ -1,7 +1,9 @@
-"""Routers to compare with: hash, random, expert choice.
+"""Routers to compare with: hash, row, random, expert choice.
 
-Hash Layers (arXiv:2106.04426): the token id decides. Random: a fixed draw per token. Expert Choice (arXiv:2202.09368):
-every expert takes the tokens it scores highest, so loads are even and tokens differ in their number of experts.
+Hash Layers (arXiv:2106.04426): the token id decides. Row: a row's first token decides for all of it, which is task-level
+routing ("Beyond Distillation: Task-level Mixture-of-Experts for Efficient Inference", arXiv:2110.03742) where rows open
+with the tag of their task. Random: a fixed draw per token. Expert Choice (arXiv:2202.09368): every expert takes the
+tokens it scores highest, so loads are even and tokens differ in their number of experts.
 """
 
 from __future__ import annotations
@@ -30,6 +32,27 @@ class HashRouter(Router):
         if ids is None:
             raise ValueError("hash routing needs token ids; the model was given embeddings")
         indices = self.table[ids.reshape(-1)]
+        weights = torch.full(indices.shape, 1 / self.top_k, device=hidden.device)
+        return Routing(torch.zeros(len(hidden), self.num_experts, device=hidden.device), weights, indices)
+
+
+class RowRouter(Router):
+    """All tokens of a row have the `top_k` experts of its first token's id, which divide the ids among them."""
+
+    no_rule = "experts are looked up by a row's first token: there is no choice to re-run"
+
+    def forward(self, hidden: Float[Tensor, "n h"], context: RoutingContext | None = None) -> Routing:
+        context = needs(context, "token ids")
+        if context.input_ids is None:
+            raise ValueError("routing by a row's first token needs token ids; the model was given embeddings")
+        if context.memory is None and context.shape[1] == 1:
+            raise ValueError("this router looks at a row's first token: generate with use_cache=False")
+        first = context.input_ids[:, 0]
+        if context.memory is not None:
+            first = context.memory.setdefault("first", first)
+        slots = torch.arange(self.top_k, device=hidden.device)
+        indices = (first[:, None] * self.top_k + slots) % self.num_experts
+        indices = indices.repeat_interleave(context.shape[1], dim=0)
         weights = torch.full(indices.shape, 1 / self.top_k, device=hidden.device)
         return Routing(torch.zeros(len(hidden), self.num_experts, device=hidden.device), weights, indices)
 
