@@ -246,7 +246,7 @@ def test_the_command_trains_shows_and_writes(tmp_path: Path) -> None:
     text = Path("league-quick.md").read_text()
     for said in ("2 steps and 1 seed", "league-quick.svg", "top_k: layers 2.00"):
         assert said in text
-    assert Path("league-quick.svg").read_text().count("<circle") == 5 * 2 + 1  # dense has no load, no specialisation
+    assert Path("league-quick.svg").read_text().count("<circle") == 8  # dense has no load, no specialisation
     again = league("--only", "top_k", "--show")
     assert "on chains, seed 0" not in again
     assert "top_k" in again

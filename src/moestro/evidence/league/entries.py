@@ -51,5 +51,12 @@ ENTRIES: dict[str, dict[str, Any]] = {
 }
 """{name: changes to SIZE}. `ENTRIES["mine"] = {"router": "mine"}` adds one."""
 
+NOTES: dict[str, str] = {
+    "comet": "a token begins with all experts, and keeps those that its trees come to reach",
+    "monet": "computes every part for every token: all its parameters are active, so it has no more than `dense`",
+    "temperature-gate": "all experts in the first half of the training, the two best afterwards",
+}
+"""What a reader of the table has to know about an entry."""
+
 MEASURES: dict[str, Callable[[MoELMForCausalLM, Task], dict[str, float]]] = {}
 """{entry: what else to measure on its trained model}; the numbers stand below the table."""

@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from moestro.evidence import records
-from moestro.evidence.league.entries import ENTRIES
+from moestro.evidence.league.entries import ENTRIES, NOTES
 from moestro.evidence.league.run import Settings, outdated, recorded
 from moestro.evidence.league.tasks import TASKS
 from moestro.report.figures import significant
@@ -36,21 +36,22 @@ LEGEND = """- *loss*: held out, nats per token that counts, mean over domains; m
   means over tasks, seeds and layers, on held-out rows.
 - *router time*: share of a forward pass; *training*, *inference*: tokens per second, of optimiser steps and of forward
   passes without gradients; medians over all runs of the entry.
-- *active*: parameters that a token passes, without embeddings and routers; *slots*: what a token used
-  per layer, in training / held out. † marks entries whose slots made over 1% more parameters active than that: they
-  choose the number themselves, and had more computation than the others.
+- *active*: parameters that a token passes, without embeddings and routers; *slots*: what it used per layer, in
+  training / held out. † marks entries whose slots made over 1% more parameters active than that: they choose the number
+  themselves, and had more computation than the others.
 - *routers*: parameters of all routers together, which come on top."""
 
 RULES = """## The tasks
 
 {tasks}
 
-Routing matters in the two generated tasks: their domains share nothing, so that what one rule asks for is of no use
-to another, and a token's active layers are too narrow to hold all the rules at once. In *chains* the current token is
-half of what decides, so that routing by token, as hash layers do, also divides the work. In *ciphers* the letter to be
-enciphered has been fetched by attention and the current token says nothing about it: only a router that looks at the
-hidden state can divide it. `row` is the reference: a router that is told the domain, by the tag that every row of these
-tasks opens with (in *sample*, rows open anywhere, and it is told nothing)."""
+Routing matters in the two generated tasks because their domains share nothing: what is learned for one rule is of no
+use to another, and a token's layers are narrow, so that learning all the rules in the same weights is slow. In *chains*
+the current token is half of what decides, so that routing by token, as hash layers do, divides the work as well. In
+*ciphers* the letter to be enciphered has been fetched by attention and the current token says nothing about it: a
+router has to look at the hidden state. `row` is the reference for both: it is told the domain by the tag that every row
+opens with, so the distance between it and `dense` is what routing by domain is worth. (In *sample*, rows open anywhere,
+and it is told nothing.)"""
 
 
 def lines(table: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
@@ -174,6 +175,7 @@ def markdown(table: pl.DataFrame, picture: str, command: str) -> str:
     header, body = lines(table)
     described = "\n".join(f"- *{name}*: {_first_line(make.__doc__)}" for name, make in TASKS.items())
     more = [f"- {e}: {', '.join(f'{n} {v}' for n, v in what.items())}" for e, what in extras(table).items()]
+    notes = [f"- *{e}*: {NOTES[e]}" for e in entries_of(table) if e in NOTES]
     configs = {e: table.filter(pl.col("entry") == e)["config"][0] for e in entries_of(table)}
     parts = [
         INTRODUCTION,
@@ -181,6 +183,7 @@ def markdown(table: pl.DataFrame, picture: str, command: str) -> str:
         _table([header, *body]),
         LEGEND,
         f"![Loss, balance, specialisation and speed of every entry]({picture})",
+        *(["About single entries:\n\n" + "\n".join(notes)] if notes else []),
         *(["Measured for single entries:\n\n" + "\n".join(more)] if more else []),
         RULES.format(tasks=described),
         "## The settings",

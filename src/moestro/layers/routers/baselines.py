@@ -1,9 +1,9 @@
 """Routers to compare with: hash, row, random, expert choice.
 
-Hash Layers (arXiv:2106.04426): the token id decides. Row: a row's first token decides for all of it, which is task-level
-routing ("Beyond Distillation: Task-level Mixture-of-Experts for Efficient Inference", arXiv:2110.03742) where rows open
-with the tag of their task. Random: a fixed draw per token. Expert Choice (arXiv:2202.09368): every expert takes the
-tokens it scores highest, so loads are even and tokens differ in their number of experts.
+Hash Layers (arXiv:2106.04426): the token id decides. Row: a row's first token decides for all of it; where rows open
+with the tag of their task, that is task-level routing ("Beyond Distillation: Task-level Mixture-of-Experts for
+Efficient Inference", arXiv:2110.03742). Random: a fixed draw per token. Expert Choice (arXiv:2202.09368): every expert
+takes the tokens it scores highest, so loads are even and tokens differ in their number of experts.
 """
 
 from __future__ import annotations
