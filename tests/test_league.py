@@ -80,6 +80,16 @@ def test_a_token_passes_the_experts_that_it_chooses() -> None:
     assert (counted.total, counted.slot, counted.top_k) == (everything, 2 * expert, 2)
 
 
+def test_experts_that_layers_share_are_active_in_each() -> None:
+    model = run.build("top_k", TINY)
+    alone = measure.parameters(model)
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
+    shared = measure.parameters(model)
+    assert (shared.active, shared.slot) == (alone.active, alone.slot)
+    assert shared.total < alone.total
+
+
 def test_unequal_active_parameters_are_refused_before_any_run(tmp_path: Path) -> None:
     ENTRIES["wide"] = dict(router="top_k", moe_intermediate_size=24)
     with pytest.raises(ValueError, match=r"active parameters must be within 1% of .*wide .*\(\+\d+\.\d%\)"):

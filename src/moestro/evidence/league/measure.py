@@ -94,9 +94,10 @@ def parameters(model: MoELMForCausalLM) -> Parameters:
         router, experts = getattr(module, "router", None), getattr(module, "experts", None)
         count = 0.0
         if isinstance(router, Router) and isinstance(experts, nn.Module):
-            stacked = [p for p in own(experts) if p.dim() and p.shape[0] == router.num_experts]
-            slots.append(sum(p.numel() for p in stacked) / router.num_experts)
-            count += slots[-1] * top_k
+            stacked = [p for p in experts.parameters() if p.dim() and p.shape[0] == router.num_experts]
+            slots.append(sum(p.numel() for p in stacked) / router.num_experts)  # also where layers share them
+            of_slots = {id(p) for p in stacked}
+            count += slots[-1] * top_k + sum(p.numel() for p in own(experts) if id(p) not in of_slots)
         for child in module.children():
             count += walk(child)
         direct = [p for p in module.parameters(recurse=False) if id(p) not in seen and id(p) not in routers]
