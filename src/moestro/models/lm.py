@@ -42,6 +42,7 @@ from moestro.models.attention import NAME as BLOCKED_CAUSAL
 from moestro.models.attention import Attention
 from moestro.models.head import next_token_loss
 from moestro.models.monet import build_monet
+from moestro.models.union_of_experts import build_selective, build_union
 from moestro.routing import RoutingContext
 
 
@@ -116,10 +117,10 @@ def build_router(config: MoELMConfig, num_experts: int, common: Common) -> Route
     return make(make_router, *sizes, options=options, offered=offered)
 
 
-BLOCKS: dict[str, Callable[..., nn.Module]] = {"moe": build_moe, "monet": build_monet}
+BLOCKS: dict[str, Callable[..., nn.Module]] = {"moe": build_moe, "monet": build_monet, "union": build_union}
 """Feed-forward parts of sparse layers: (config, layer, common, **options) -> module called with (hidden, context)."""
 
-ATTENTIONS: dict[str, Callable[..., nn.Module]] = {"full": Attention}
+ATTENTIONS: dict[str, Callable[..., nn.Module]] = {"full": Attention, "selective": build_selective}
 """Attention modules: (config, layer, **options) -> module called as transformers' Qwen3MoeAttention is."""
 
 
