@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import moestro
+from moestro.analyze.self_explanation import expert_embedding, explain
 from moestro.models.lm import MoELMConfig, MoELMForCausalLM
 from moestro.models.monet import (
     HorizontalExperts,
@@ -301,3 +302,46 @@ def test_requests_that_mean_nothing_are_refused() -> None:
         pass
     with pytest.raises(ValueError, match="give one for each"):
         score_correlation(model, [ids(2, 5)], torch.rand(3))
+
+
+# Self-explanation
+
+
+class Words:
+    """Token ids as words: "7 8" is [7, 8]."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def decode(self, ids: Tensor, **options: Any) -> str:
+        return " ".join(map(str, ids.tolist()))
+
+
+def test_an_expert_that_one_token_activates_is_that_token() -> None:
+    model = lm()
+    vector = expert_embedding(model, [torch.full((1, 4), 7)], _used(model))
+    assert torch.allclose(vector, model.model.embed_tokens.weight[7], atol=1e-5)
+    said = explain(model, Words(), vector, template="3 {} 5", max_new_tokens=4)
+    asked = model.generate(torch.tensor([[3, 7, 5]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert said == Words().decode(asked[0, 3:])
+
+
+def test_padding_and_other_tokens_have_no_say() -> None:
+    model, expert = lm(), _used(lm())
+    batch = {"input_ids": torch.tensor([[7, 7, 9]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    assert torch.allclose(expert_embedding(model, [batch], expert), model.model.embed_tokens.weight[7], atol=1e-5)
+
+
+def test_experts_and_templates_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 groups of 8 x 8"):
+        expert_embedding(lm(), [ids(1, 4)], (0, 8, 0))
+    with pytest.raises(ValueError, match="places for the word"):
+        explain(lm(), Words(), torch.zeros(32), template="3 5")
+
+
+def _used(model: MoELMForCausalLM) -> tuple[int, int, int]:
+    """An expert of the first group that token 7 activates at the start of a text."""
+    mass = expert_mass(model, {"": [torch.full((1, 1), 7)]})[0, ..., 0]
+    return (0, *divmod(int(mass.argmax()), 8))

@@ -13,11 +13,11 @@ from moestro.build.equivalent_split import split_attention, split_ffn, split_lan
 from moestro.layers import MoE, after_step
 from moestro.layers.experts import GatedExperts
 from moestro.models.lm import MoELMConfig, MoELMForCausalLM
+from moestro.models.union_classifier import UnionOfExpertsForSequenceClassification
 from moestro.models.union_of_experts import (
     DataSelection,
     ExpertSelection,
     SelectiveAttention,
-    UnionOfExpertsForSequenceClassification,
 )
 from moestro.routing import RoutingContext, dense_weights
 from moestro.view.observe import SlotStats

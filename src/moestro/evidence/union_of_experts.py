@@ -30,7 +30,8 @@ from moestro.evidence.training import packed, train_lm
 from moestro.layers import MoE
 from moestro.layers.routers.top_k import TopKRouter
 from moestro.models.lm import MoELMConfig
-from moestro.models.union_of_experts import DataSelection, SelectiveAttention, UnionOfExpertsForSequenceClassification
+from moestro.models.union_classifier import UnionOfExpertsForSequenceClassification
+from moestro.models.union_of_experts import DataSelection, SelectiveAttention
 from moestro.routing import RoutingContext, dense_weights
 from moestro.view.layers import load
 from moestro.view.observe import progress_bar
@@ -43,6 +44,7 @@ CLAIM = (
 )
 SOURCES = (
     "models/union_of_experts.py",
+    "models/union_classifier.py",
     "models/lm.py",
     "build/equivalent_split.py",
     "layers/moe.py",
