@@ -224,6 +224,10 @@ class MoELMModel(MoELMPreTrainedModel):
         self._tied_weights_keys = _shared_parameters(self)
         self.post_init()
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """What layers share stays shared, also where input and output embeddings are not tied."""
+        return dict(self._tied_weights_keys or {})
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(

@@ -63,8 +63,21 @@ def keep_experts(layers: Sequence[MoELayer], keep: Keep) -> None:
     _cut([(layer, ids) for layer, ids in chosen if ids != list(range(layer.num_experts))])
 
 
+def check_own(layers: Sequence[MoELayer]) -> None:
+    """Raise ValueError where two layers share expert weights: a cut would store them once for each."""
+    first: dict[int, MoELayer] = {}
+    for layer in layers:
+        for parameter in layer.experts.parameters():
+            if (other := first.setdefault(id(parameter), layer)) is not layer:
+                raise ValueError(
+                    f"layers {other.index} and {layer.index} share their experts: a cut would store them once for each "
+                    "layer and make the model larger; only models whose layers own their experts can be cut"
+                )
+
+
 def check_unshared(model: nn.Module, layers: Sequence[MoELayer]) -> None:
-    """Raise ValueError where expert weights also serve a module outside these layers, which a cut would leave whole."""
+    """Raise ValueError where expert weights also serve another layer or module, which a cut would leave whole."""
+    check_own(layers)
     ours = {id(p): layer for layer in layers for p in layer.experts.parameters()}
     inside = {id(m) for layer in layers for m in layer.experts.modules()}
     for name, module in model.named_modules():
