@@ -46,9 +46,9 @@ NOT_SHOWN = dict.fromkeys(
         "heavy ball, 2.5% of the tokens swapped: nats by which its loss grows more than plain's",
         "heavy ball, 10.0% of the tokens swapped: nats by which its loss grows more than plain's",
     ),
-    "models with any larger step have a lower loss here and lose more under attack, the plain one with a larger step as "
-    "much as heavy ball: after so short a training, the plain model hardly uses the tokens before, so there is less to "
-    "spoil. That control also has most of heavy ball's gain in loss",
+    "all models but the plain one have a lower loss here and lose more under attack, the plain one with larger steps "
+    "as much as heavy ball: after so short a training, the plain model hardly uses the tokens before, so there is less "
+    "to spoil. Larger steps alone also have most of heavy ball's gain in loss",
 )
 
 MU = 0.7
