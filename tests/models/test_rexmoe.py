@@ -12,7 +12,7 @@ from torch import Tensor
 
 import moestro
 from moestro.analyze.load_balance import load_balance_violation, under_used
-from moestro.compress.prune.keep import measure
+from moestro.fitting.plan import experts_to_keep
 from moestro.layers.routers.baselines import HashRouter
 from moestro.layers.routers.progressive import ProgressivePool, linear, stepwise
 from moestro.layers.routers.top_k import TopKRouter
@@ -228,7 +228,7 @@ def test_cuts_are_refused_before_anything_is_observed_or_changed() -> None:
     with pytest.raises(ValueError, match="layers 0 and 1 share their experts"):
         view.keep_experts({layer: [0, 1, 2] for layer in range(LAYERS)})
     with pytest.raises(ValueError, match="layers 0 and 1 share their experts"):
-        measure(view.layers, view.num_bytes)
+        experts_to_keep(view, None, "50%")
     assert [layer.num_experts for layer in view.layers] == [R * N] * LAYERS
 
 

@@ -22,6 +22,7 @@ from moestro.compress.prune.saliency import SALIENCIES, Scores, random
 from moestro.data import TokenBatches
 from moestro.fitting.result import Coverage
 from moestro.view.observe import SlotStatistics, SlotStats
+from moestro.view.surgery import check_own
 
 ENOUGH_TOKENS = 100
 """Calibration tokens below which an expert's score is called thin: its mean then has an error of some 10%."""
@@ -52,6 +53,7 @@ def experts_to_keep(view: Any, memory: str | None, experts: str | None) -> tuple
     """(the request in words, sizes, experts per layer). Raises ValueError where the budget cannot be met."""
     if memory is not None and experts is not None:
         raise ValueError(f"memory={memory!r} and experts={experts!r}: give one of the two")
+    check_own(view.layers)
     sizes = measure(view.layers, view.num_bytes)
     if memory is not None:
         budget = parse_memory(memory, view.num_bytes)
