@@ -27,7 +27,7 @@ svg { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
   .range { stroke: #5a9df0; } .seed, .mean { fill: #5a9df0; }
 }
 """
-LINE, LEFT, PLOT, GAP, TOP = 20, 150, 200, 28, 46
+LINE, LEFT, PLOT, GAP, TOP = 20, 150, 200, 34, 46
 """Pixels: height of an entry's line, room for names, width of a panel, between panels, above the first line."""
 COLUMNS = 3
 
