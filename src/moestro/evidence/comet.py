@@ -43,7 +43,12 @@ CLAIM = (
 )
 SOURCES = ("layers/routers/comet.py", "layers/routers/permutation.py", "layers/routers/top_k.py", "evidence/base.py")
 QUICK = {"seeds": 2, "steps": 500}
-NOT_SHOWN: dict[str, str] = {}
+NOT_SHOWN = {
+    "error after rounding as a part of that before, with the ramp": (
+        "samples near a node's boundary stay undecided: at the end of 1500 steps some still use 5 or 6 experts, and "
+        "rounding moves all of these at once. A gate that must keep to 2 experts wants further steps after `harden`"
+    ),
+}
 
 # Thresholds, stated before the first run.
 PART_OF_TOP_2 = 0.9  # of top-2's error
@@ -230,9 +235,7 @@ def claims(rows: Rows) -> list[Claim]:
             relation=">",
             needed=0,
         ),
-        Claim(
-            name="experts that any token uses after rounding", measured=max(rounded), relation="<=", needed=K
-        ),
+        Claim(name="experts that any token uses after rounding", measured=max(rounded), relation="<=", needed=K),
         Claim(
             name="error after rounding as a part of that before, with the ramp",
             measured=ratio(trained(ERROR, RAMP, "rounded"), trained(ERROR, RAMP)),
