@@ -214,7 +214,8 @@ def _check_equal(dense: Any, model: Any) -> None:
     ids = ids.to(dense.device)
     modes = dense.training, model.training
     expected, got = (m.eval()(input_ids=ids, use_cache=False).logits.float() for m in (dense, model))
-    dense.train(modes[0]), model.train(modes[1])
+    dense.train(modes[0])
+    model.train(modes[1])
     difference = float((expected - got).abs().max() / expected.abs().max())
     limit = LARGEST_DIFFERENCE if dense.dtype == torch.float32 else 0.05
     if not difference <= limit:

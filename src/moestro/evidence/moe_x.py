@@ -43,16 +43,14 @@ SOURCES = (
     "layers/routers/sparsity_aware.py",
     "layers/routers/top_k.py",
     "layers/experts/feed_forward.py",
-    "layers/moe.py",
-    "models/lm.py",
     "evidence/base.py",
     "evidence/training.py",
 )
 QUICK = {"seeds": 1, "steps": 100}
 NOT_SHOWN = {
     "MoE-X: reconstruction gained on the plain mixture": (
-        "here cutting the dense layer into experts gives all of the gain, with GELU as with ReLU; 500 steps of a 3-layer "
-        "model do not bring ReLU experts ahead as the paper's 60,000 of an 8-layer one do"
+        "here cutting the dense layer into experts gives all of the gain, with GELU as with ReLU; 500 steps of a "
+        "3-layer model do not bring ReLU experts ahead as the paper's 60,000 of a larger one do"
     ),
     "reconstruction that ReLU experts alone gain on the plain mixture, minus half of MoE-X's gain": (
         "neither ReLU experts nor MoE-X gain on the plain mixture here (see above)"

@@ -44,10 +44,8 @@ CLAIM = (
 )
 SOURCES = (
     "models/monet.py",
-    "models/lm.py",
     "steer/expert_masking.py",
     "layers/routers/top_k.py",
-    "layers/moe.py",
     "evidence/base.py",
     "evidence/training.py",
     "data/sample/*.jsonl.gz",

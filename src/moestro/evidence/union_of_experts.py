@@ -45,9 +45,7 @@ CLAIM = (
 SOURCES = (
     "models/union_of_experts.py",
     "models/union_classifier.py",
-    "models/lm.py",
     "build/equivalent_split.py",
-    "layers/moe.py",
     "layers/routers/top_k.py",
     "evidence/base.py",
     "evidence/training.py",
