@@ -49,8 +49,8 @@ SOURCES = (
 QUICK = {"seeds": 1, "steps": 30, "observed_rows": 16}
 NOT_SHOWN = {
     "largest violation of balance: R8 minus R2": (
-        "summed over eight layers, the loads of R8's experts average out, and few are idle; the collapse that the paper "
-        "sees in large groups may need a longer training, or loads taken layer by layer"
+        "summed over eight layers, the loads of R8's experts average out, and few are idle; the collapse that the "
+        "paper sees in large groups may need a longer training, or loads taken layer by layer"
     ),
     "nats of held-out loss that R4 linear loses to R4": (
         "the spread over seeds (0.14) is three times the difference; with so few steps, 40% of them pass while the "
