@@ -124,6 +124,8 @@ def test_a_language_model_is_the_same_model_as_a_union() -> None:
     assert torch.allclose(got[mask.bool()], expected[mask.bool()], atol=1e-4)
     options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, attention_mask=mask)
     assert torch.equal(union.generate(padded, **options), dense.generate(padded, **options))
+    dense.generation_config.eos_token_id = [2, 7]
+    assert split_language_model(dense, 4).generation_config.eos_token_id == [2, 7]
 
 
 def test_another_make_of_model_is_refused() -> None:

@@ -13,6 +13,7 @@ Shapes: E experts, F neurons of the dense layer, H hidden.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -198,6 +199,7 @@ def split_language_model(
         split = split_ffn(one.mlp, num_experts)
         other.mlp.experts.load_state_dict(split.experts.state_dict())
     _check_equal(dense, model)
+    model.generation_config = copy.deepcopy(dense.generation_config)
     made.num_experts_per_tok = (block or {}).get("top_k", num_experts)
     changes = {k: v for k, v in (block or {}).items() if k != "top_k"}
     if block is None and attention is None:
@@ -206,6 +208,7 @@ def split_language_model(
     made.attention = made.attention | (attention or {})  # type: ignore[operator]
     chosen: Any = MoELMForCausalLM(made).to(dense.device, dense.dtype)
     chosen.load_state_dict(model.state_dict())
+    chosen.generation_config = model.generation_config
     return chosen.eval()
 
 
