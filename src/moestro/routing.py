@@ -54,6 +54,8 @@ class RoutingContext:
     """Attention weights of the same decoder layer, where the attention implementation gives them (eager)."""
     layer: int = 0
     """Number of the decoder layer."""
+    start: int = 0
+    """Positions that came before the T, in the KV cache."""
     progress: float = 1.0
     """Share of the training that is done, for what is scheduled."""
     state: dict[str, Tensor] = field(default_factory=dict)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -42,6 +42,7 @@ from moestro.models.attention import NAME as BLOCKED_CAUSAL
 from moestro.models.attention import Attention
 from moestro.models.head import next_token_loss
 from moestro.models.monet import build_monet
+from moestro.models.routing_cache import RoutingCache, with_memory
 from moestro.models.union_of_experts import build_selective, build_union
 from moestro.routing import RoutingContext
 
@@ -147,7 +148,7 @@ One with a method `at(x, context)` says where the block looks in the place of x.
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward part, each behind a norm. The routing state goes in and comes out by value."""
+    """Attention and feed-forward part, each behind a norm. Routing state and memory go in and come out by value."""
 
     def __init__(self, config: MoELMConfig, layer: int, common: Common):
         super().__init__()
@@ -167,13 +168,14 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden: Tensor, state: dict[str, Tensor], context: RoutingContext, **attention: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
         attended, weights = self.self_attn(self.input_layernorm(hidden), **attention)
         hidden = hidden + attended
-        here = replace(context, layer=self.index, state=dict(state), attentions=weights)
+        memory = None if context.memory is None else dict(context.memory)
+        here = replace(context, layer=self.index, state=dict(state), attentions=weights, memory=memory)
         at = self.residual.at(hidden, here) if hasattr(self.residual, "at") else hidden
         out = self.mlp(self.post_attention_layernorm(at), here)
-        return self.residual(hidden, out, here), here.state
+        return self.residual(hidden, out, here), here.state, here.memory
 
 
 class MoELMPreTrainedModel(PreTrainedModel):
@@ -246,10 +248,11 @@ class MoELMModel(MoELMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = RoutingCache(config=self.config)
+        past_key_values = with_memory(past_key_values)
         rows, length = inputs_embeds.shape[:2]
+        before = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            before = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(before, before + length, device=inputs_embeds.device)[None]
         make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         attention = dict(
@@ -271,12 +274,17 @@ class MoELMModel(MoELMPreTrainedModel):
             mask=None if mask is None else mask[:, -length:].bool(),
             input_ids=input_ids,
             labels=token_labels or {},
+            start=int(before),
             progress=self.progress,
         )
         hidden: Tensor = inputs_embeds
         state: dict[str, Tensor] = {}
-        for layer in self.layers:
-            hidden, state = layer(hidden, state, context, **attention, **kwargs)
+        past = past_key_values if isinstance(past_key_values, RoutingCache) else None
+        for i, layer in enumerate(self.layers):
+            here = context if past is None else replace(context, memory=past.remembered(i))
+            hidden, state, memory = layer(hidden, state, here, **attention, **kwargs)
+            if past is not None:
+                past.remember(i, memory)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
 

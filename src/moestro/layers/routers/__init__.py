@@ -12,9 +12,10 @@ from moestro.layers.routers.base import Router
 from moestro.layers.routers.baselines import ExpertChoiceRouter, HashRouter, RandomRouter, RowRouter
 from moestro.layers.routers.comet import CometRouter
 from moestro.layers.routers.permutation import PermutationSearch, PermutedRouter
-from moestro.layers.routers.sparsity_aware import SparsityAwareRouter
 from moestro.layers.routers.recurrent import BottleneckRouter, RecurrentRouter
+from moestro.layers.routers.sparsity_aware import SparsityAwareRouter
 from moestro.layers.routers.temperature import TemperatureRouter
+from moestro.layers.routers.token_graph import AttentionAwareRouter, SimilarityAwareRouter, UniformGraphRouter
 from moestro.layers.routers.top_k import TopKRouter
 from moestro.layers.routers.top_p import TopPRouter
 
@@ -49,6 +50,9 @@ ROUTERS: dict[str, Callable[..., Any]] = {
     "comet": CometRouter,
     "permuted": permuted,
     "temperature": TemperatureRouter,
+    "similarity_aware": SimilarityAwareRouter,
+    "attention_aware": AttentionAwareRouter,
+    "uniform_graph": UniformGraphRouter,
     "top_p": TopPRouter,
     "sparsity_aware": SparsityAwareRouter,
     "recurrent": RecurrentRouter,
