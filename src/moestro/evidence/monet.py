@@ -12,6 +12,9 @@
   on the other five; ± is the standard deviation over seeds.
 - *Exactness*: the fast sums of both decompositions against the explicit sum over all experts, in fp32.
 
+The ambiguity of the two Monets differs by less than its spread over seeds. Uniformity far above its least value says
+that many parts are hardly used: after so few steps the paper's coefficient of 1e-3 has not yet spread the gates.
+
 The speed and memory of a layer of 2^16 experts are in benchmarks/monet.py. Not tried, for want of scale: 262 144
 experts, code generation and toxicity benchmarks, what single experts mean to a reader.
 """

@@ -59,8 +59,8 @@ NOT_SHOWN = {
         "little more than a third of the dense multiply-adds, not on half. It misses the margin by less than its spread"
     ),
     "digits: accuracy that the learned gate loses to the frozen random one": (
-        "the learned gate spreads the patches less evenly over the experts than random choices do, and so fills fewer of "
-        "their C places (see the multiply-adds); nothing but the straight-through gradient teaches it"
+        "the learned gate spreads the patches less evenly over the experts than random choices do, and so fills fewer "
+        "of their C places (see the multiply-adds); nothing but the straight-through gradient teaches it"
     ),
     "digits: accuracy gained on the plain top-2 mixture": (
         "the plain mixture keeps full attention, and every patch has two slices: nearly twice the multiply-adds"
