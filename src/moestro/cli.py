@@ -14,6 +14,7 @@ from rich.table import Table
 
 from moestro.evidence.commands import papers, reproduce
 from moestro.evidence.league_command import league
+from moestro.train.commands import train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,16 +35,24 @@ def fit(
     memory: Annotated[
         str | None, typer.Option(help="size of the saved checkpoint at most: 6GB, 800MiB, or 60% of the present size")
     ] = None,
-    experts: Annotated[str | None, typer.Option(help="or the share of the experts to keep [default: 50%]")] = None,
-    out: Annotated[Path | None, typer.Option(help="directory for checkpoint and report [default: MODEL-fit]")] = None,
+    experts: Annotated[str | None, typer.Option(help="or the share of the experts to keep", show_default="50%")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="directory for checkpoint and report", show_default="MODEL-fit")
+    ] = None,
     saliency: Annotated[str, typer.Option(help="random, frequency, gating-score, reap or easy-ep")] = "easy-ep",
     rest: Annotated[
-        list[str] | None, typer.Option(help="texts to watch beside the task [default: other embedded domains]")
+        list[str] | None, typer.Option(help="texts to watch beside the task", show_default="other embedded domains")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="tokens to observe, per domain", min=1)] = 50_000,
     heldout_tokens: Annotated[int, typer.Option(help="tokens to measure the loss on, per domain", min=1)] = 8_000,
     max_length: Annotated[int | None, typer.Option(help="longest window of a text, in tokens", min=2)] = None,
     seed: Annotated[int, typer.Option(help="of the held-out split and the calibration draw")] = 0,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="run the model layer by layer from disk: for one larger than memory")
+    ] = False,
+    work: Annotated[
+        Path | None, typer.Option(help="where --stream keeps what a killed run goes on from", show_default="OUT.work")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing directory")] = False,
 ) -> None:
@@ -56,9 +65,12 @@ def fit(
       moestro fit ./OLMoE --memory 6GB --for math=problems.jsonl --out ./OLMoE-math
 
       moestro fit ./Qwen3-30B-A3B --experts 50% --for mails.txt --for chats.parquet --dry-run
+
+      moestro fit ./Qwen3-235B-A22B --stream --memory 120GB --for mails.txt
+
+    The last model is larger than memory. It is run layer by layer; if that is killed, the same command goes on.
     """
     import moestro.fitting.pipeline as pipeline
-    import moestro.view.open as opening
     from moestro.fitting.plan import make_plan
 
     data = for_ or list(pipeline.DEFAULT_TASK)
@@ -68,29 +80,28 @@ def fit(
     limits: dict[str, Any] = dict(
         calibration_tokens=calibration_tokens, heldout_tokens=heldout_tokens, max_length=max_length, seed=seed
     )
+    budget: dict[str, Any] = dict(memory=memory, experts=experts, saliency=saliency)
+    kept = pipeline.work_directory(None if dry_run else target, work, stream)
     if dry_run:
-        view = opening.open(model)
+        view = pipeline.open_model(model, stream=stream)
         texts = pipeline.read_data(view, data, rest=rest, **limits)
-        plan = make_plan(view, texts.calibration, memory=memory, experts=experts, saliency=saliency, seed=seed)
+        plan = make_plan(view, texts.calibration, seed=seed, work=kept and kept / "calibration", **budget)
         _print_plan(view, plan)
         return
-    fitted = pipeline.fit(
-        model,
-        data,
-        memory=memory,
-        experts=experts,
-        saliency=saliency,
-        rest=rest,
-        out=target,
-        overwrite=overwrite,
-        **limits,
-    )
+    places: dict[str, Any] = dict(out=target, overwrite=overwrite, stream=stream, work=work)
+    try:
+        fitted = pipeline.fit(model, data, rest=rest, **places, **budget, **limits)
+    except KeyboardInterrupt:
+        if kept is not None and kept.exists():
+            console.print(f"what was done so far is in {kept}: the same command goes on from there")
+        raise
     _print_report(fitted.report)
     console.print(f"\ncheckpoint  {target}\nreport      {target / 'report.html'}", highlight=False)
 
 
 app.command()(papers)
 app.command()(reproduce)
+app.command()(train)
 app.command()(league)
 
 
@@ -121,9 +132,12 @@ def _print_report(report) -> None:
     costs.add_row("size", _size(report.before.bytes), _size(report.after.bytes))
     if report.before.load_seconds is not None and report.after.load_seconds is not None:
         costs.add_row("load time", f"{report.before.load_seconds:.2f} s", f"{report.after.load_seconds:.2f} s")
-    speeds = (f"{c.tokens_per_second:.1f} tokens/s" for c in (report.before, report.after))
-    costs.add_row("generation", *speeds)
+    if report.before.tokens_per_second is not None and report.after.tokens_per_second is not None:
+        speeds = (f"{c.tokens_per_second:.1f} tokens/s" for c in (report.before, report.after))
+        costs.add_row("generation", *speeds)
     console.print(costs)
+    if report.streamed:
+        console.print("streamed from disk: no samples, speed or load time, since generating would take too long")
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/] {warning}")
 
@@ -147,9 +161,10 @@ def main() -> None:
     warnings.showwarning = lambda message, *_args, **_kw: console.print(f"[yellow]warning:[/] {message}")
     try:
         app()
-    except KeyboardInterrupt:
-        console.print("stopped; nothing half-written is left behind")
-        sys.exit(130)
+    except SystemExit as e:
+        if e.code == 130:  # what typer makes of Ctrl-C
+            console.print("stopped; nothing half-written is left behind")
+        raise
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("MOESTRO_TRACEBACK"):
             raise

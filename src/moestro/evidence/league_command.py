@@ -43,11 +43,14 @@ def league(
     again: Annotated[list[str] | None, typer.Option(help="entry whose rows are thrown away and run again")] = None,
     show: Annotated[bool, typer.Option("--show", help="train nothing: show the table as it is")] = False,
 ) -> None:
-    """Train every router and kind of expert side by side, at equal active parameters, and lay them out in one table.
+    """Train every router and kind of expert side by side, at equal active parameters.
 
-    Every finished run is kept: after an interruption, the same command goes on. Beside the table stand a page (.md) and
-    a picture (.svg) of the same name. In a checkout of the sources, a league of all settings as they are is recorded
-    there, and docs/league.md rewritten; anything else goes to the current directory.
+    One table has them all, with a page (.md) and a picture (.svg) beside it.
+
+    Every finished run is kept: after an interruption, the same command goes on.
+
+    In a checkout of the sources, a league with its own settings and entries is recorded
+    there, and docs/league.md is written; any other goes to the current directory.
 
     Examples:
 

@@ -149,7 +149,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _turn(grads[0], *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, sin, -1), None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
@@ -174,8 +175,8 @@ class Attention(Qwen3MoeAttention):
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 plain = getattr(self, name)
                 setattr(self, name, Linear(plain.in_features, plain.out_features))
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)  # type: ignore[assignment]
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)  # type: ignore[assignment]
 
     def forward(
         self,

@@ -56,7 +56,7 @@ def tokens_step(work: Path) -> None:
     for split, counts in (("heldout", dict.fromkeys(rows_of, HELD_OUT_ROWS)), ("train", rows_of)):
         part = [d for d in documents if (d.split == "train") == (split == "train")]
         tokens, domain = packing.pack(part, tokenizer, counts, seed=0)
-        packing.write_rows(work, split, tokens, domain)
+        packing.write_rows(work, split, packing.Rows(tokens, domain, list(rows_of)))
         print(f"{split}: {tokens.size:,} tokens in {len(tokens):,} rows")
 
 

@@ -50,6 +50,10 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "rmoe": dict(router={"kind": "recurrent", "state_size": 32}),
     "rmoe-bottleneck": dict(router={"kind": "bottleneck", "state_size": 32}),
     "temperature-gate": dict(router={"kind": "temperature", "activation": "sigmoid", "top_k_from": 0.5}),
+    "thor": dict(router="stochastic", num_experts_per_tok=1, num_experts=8, moe_intermediate_size=32, router_losses={}),
+    "token-graph": dict(router="similarity_aware"),
+    "token-graph-attention": dict(router="attention_aware", attn_implementation="eager"),
+    "token-graph-uniform": dict(router="uniform_graph"),
     "union-of-experts": dict(block={"kind": "union"}, router_losses={}),
 }
 """{name: changes to SIZE}. `ENTRIES["mine"] = {"router": "mine"}` adds one."""
@@ -59,6 +63,9 @@ NOTES: dict[str, str] = {
     "monet": "computes every part for every token: all its parameters are active, so it has no more than `dense`",
     "comet-search": "comet, with the local search over permutations in the first 100 steps",
     "rmoe-bottleneck": "the control of rmoe: its small state, made anew in every layer",
+    "token-graph-attention": "needs attention weights, so attention is computed the slower way that gives them",
+    "token-graph-uniform": "the control of token-graph: a mixture that knows nothing of the tokens",
+    "thor": "its draws alone: the loss that makes two of them agree needs two passes a step",
     "temperature-gate": "all experts in the first half of the training, the two best afterwards",
 }
 """What a reader of the table has to know about an entry."""

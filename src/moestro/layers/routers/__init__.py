@@ -14,6 +14,7 @@ from moestro.layers.routers.comet import CometRouter
 from moestro.layers.routers.permutation import PermutationSearch, PermutedRouter
 from moestro.layers.routers.recurrent import BottleneckRouter, RecurrentRouter
 from moestro.layers.routers.sparsity_aware import SparsityAwareRouter
+from moestro.layers.routers.stochastic import StochasticRouter
 from moestro.layers.routers.temperature import TemperatureRouter
 from moestro.layers.routers.token_graph import AttentionAwareRouter, SimilarityAwareRouter, UniformGraphRouter
 from moestro.layers.routers.top_k import TopKRouter
@@ -54,9 +55,10 @@ ROUTERS: dict[str, Callable[..., Any]] = {
     "attention_aware": AttentionAwareRouter,
     "uniform_graph": UniformGraphRouter,
     "top_p": TopPRouter,
-    "sparsity_aware": SparsityAwareRouter,
+    "stochastic": StochasticRouter,
     "recurrent": RecurrentRouter,
     "bottleneck": BottleneckRouter,
+    "sparsity_aware": SparsityAwareRouter,
 }
 
 __all__ = ["ROUTERS", "Router"]

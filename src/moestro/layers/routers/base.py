@@ -18,6 +18,8 @@ class Router(nn.Module):
 
     no_rule = "this router does not choose by a rule on its logits"
     """Why routing cannot be re-run from edited logits; shown where `rule` is None."""
+    counts: tuple[str, ...] = ()
+    """Buffers that count over one step: several processes of a training add them up before `after_step`."""
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int):
         super().__init__()

@@ -27,6 +27,7 @@ class TopKRouter(Router):
     Raises ValueError for a negative bias_rate or an unknown score.
     """
 
+    counts = ("slots_seen",)
     e_score_correction_bias: Tensor
     slots_seen: Tensor
 
