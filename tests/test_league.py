@@ -93,7 +93,7 @@ def test_experts_that_layers_share_are_active_in_each() -> None:
 def test_unequal_active_parameters_are_refused_before_any_run(tmp_path: Path) -> None:
     ENTRIES["wide"] = dict(router="top_k", moe_intermediate_size=24)
     with pytest.raises(ValueError, match=r"active parameters must be within 1% of .*wide .*\(\+\d+\.\d%\)"):
-        run.play(tmp_path / "t.parquet", settings=TINY)
+        run.play(tmp_path / "t.parquet", settings=TINY, entries=["dense", "wide"])
     assert not (tmp_path / "t.parquet").exists()
 
 
