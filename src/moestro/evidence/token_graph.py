@@ -20,7 +20,6 @@ paper's abstract, so a difference from its results may be a difference of method
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from pathlib import Path
 from statistics import fmean
@@ -34,6 +33,7 @@ from torch import Tensor
 from moestro.analyze.fluctuation import routing_fluctuation, top_k
 from moestro.evidence.base import Claim, Evidence, Rows, ratio
 from moestro.evidence.training import packed, train_lm
+from moestro.models.lm import MoELMForCausalLM
 from moestro.view.observe import RoutingTrace
 from moestro.view.open import open as open_model
 
@@ -103,13 +103,12 @@ def replaced(ids: Tensor, share: float, *, seed: int) -> Tensor:
 
 def measure(rows: Rows, name: str, seed: int, steps: int, clean: Tensor, noisy: Tensor, progress: bool) -> None:
     """One model: trained, and traced at two times and on two inputs."""
-    kept: dict[str, Any] = {}
+    kept: dict[int, dict[str, Tensor]] = {}
+    earlier_step = round(EARLIER * steps) - 1
 
-    def on_step(step: int, model: Any) -> None:
-        if step == 0:
-            kept["first"] = copy.deepcopy(model)
-        if step == round(EARLIER * steps) - 1:
-            kept["earlier"] = copy.deepcopy(model)
+    def on_step(step: int, model: MoELMForCausalLM) -> None:
+        if step in (0, earlier_step):
+            kept[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     done = train_lm(
         seed=seed,
@@ -121,16 +120,15 @@ def measure(rows: Rows, name: str, seed: int, steps: int, clean: Tensor, noisy: 
         router=ROUTERS[name],
         **SMALL,
     )
+    past = MoELMForCausalLM(done.model.config)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
-        first, earlier, end, noise = (
-            traced(model, ids, Path(folder) / where)
-            for where, model, ids in (
-                ("first", kept["first"], clean),
-                ("earlier", kept["earlier"], clean),
-                ("end", done.model, clean),
-                ("noise", done.model, noisy),
-            )
+        end, noise = (
+            traced(done.model, ids, Path(folder) / where) for where, ids in (("end", clean), ("noise", noisy))
         )
+        past.load_state_dict(kept[0])
+        first = traced(past, clean, Path(folder) / "first")
+        past.load_state_dict(kept[earlier_step])
+        earlier = traced(past, clean, Path(folder) / "earlier")
         untouched = pl.col("id") == pl.col("id_other")
         rows.add(FLUCTUATION, {"router": name}, fmean(routing_fluctuation(earlier, end).values()))
         rows.add(NOISE, {"router": name}, fmean(routing_fluctuation(end, noise, where=untouched).values()))
