@@ -1,64 +1,30 @@
-"""The training step: its kernels compute what torch computes, and a resumed run continues where it stopped."""
+"""The recipe of quartet and solo: its plan, and a training that can be stopped and resumed."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from moestro.train.kernels import BlockedCausalAttention, NextTokenLoss
+from moestro.train.export import trained_model
 from moestro.train.measure import mutual_information
 from moestro.train.packing import ROW, Rows
-from moestro.train.pretrain import Plan, Training, balance_loss, new_model
+from moestro.train.pretrain import BATCH_ROWS, new_model, plan_of, start_training
+from moestro.train.trainer import Trainer
 
-DOUBLE = torch.float64
-
-
-def grads(output: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    torch.manual_seed(1)
-    return torch.autograd.grad(output, inputs, torch.randn_like(output))
-
-
-@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (3, 1)])
-def test_blocked_attention_is_causal_attention(heads: int, groups: int) -> None:
-    q = torch.randn(2, heads, 256, 16, dtype=DOUBLE, requires_grad=True)
-    k, v = (torch.randn(2, groups, 256, 16, dtype=DOUBLE, requires_grad=True) for _ in range(2))
-    ours = BlockedCausalAttention.apply(q, k, v, 0.25)
-    torchs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.25)
-    torch.testing.assert_close(ours, torchs)
-    for a, b in zip(grads(ours, (q, k, v)), grads(torchs, (q, k, v))):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("chunk", [7, 64, 1000])
-def test_the_chunked_loss_is_cross_entropy(chunk: int) -> None:
-    hidden = torch.randn(100, 12, requires_grad=True)
-    head = torch.randn(50, 12, requires_grad=True)
-    target = torch.randint(0, 50, (100,))
-    mean, each = NextTokenLoss.apply(hidden, head, target, chunk)
-    expected = F.cross_entropy(hidden @ head.T, target)
-    torch.testing.assert_close(mean, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(each.mean(), mean)
-    for a, b in zip(torch.autograd.grad(3 * mean, (hidden, head)), torch.autograd.grad(3 * expected, (hidden, head))):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
-def test_balance_is_one_a_layer_when_even_and_more_when_not() -> None:
-    even = torch.arange(8).view(-1, 1).expand(8, 2).clone()
-    even[:, 1] = (even[:, 0] + 1) % 8
-    assert float(balance_loss([(torch.zeros(8, 8), torch.empty(0), even)])) == pytest.approx(1.0)
-    skewed = torch.zeros(8, 8)
-    skewed[:, 0] = 5.0
-    assert float(balance_loss([(skewed, torch.empty(0), torch.zeros(8, 2, dtype=torch.long))])) > 4
+MODEL = dict(vocab_size=64, pad=0, bos=1, eos=2, seed=0)
 
 
 def test_the_rate_warms_up_holds_and_decays_to_zero() -> None:
-    plan = Plan(tokens=1000 * 16 * ROW)
+    plan = plan_of("quartet", tokens=1000 * BATCH_ROWS * ROW)
     rates = [plan.rate(step) for step in range(plan.steps + 1)]
+    assert plan.steps == 1000
     assert rates[0] < rates[100] < rates[plan.warmup_steps] == plan.peak_rate == rates[500]
     assert rates[-1] == 0.0
     assert rates[900] < rates[700]
+    assert plan_of("solo").router_losses is None
 
 
 def some_rows(count: int) -> Rows:
@@ -67,36 +33,46 @@ def some_rows(count: int) -> Rows:
     return Rows(tokens, np.arange(count) % 2, ["a", "b"])
 
 
-def run_of(kind: str, folder: Path) -> Training:
-    plan = Plan(tokens=6 * 2 * ROW, batch_rows=2, warmup_steps=2)
-    model = new_model(kind, vocab_size=64, pad=0, bos=1, eos=2, seed=0)
-    training = Training(model, some_rows(12), plan, folder)
-    training.resume()
-    return training
+def run_of(kind: str, folder: Path) -> Trainer:
+    small = plan_of(kind, batch_rows=2, steps=6, warmup_steps=2, log_every=3, save_every=3, evaluate_every=6)
+    return start_training(kind, new_model(kind, **MODEL), some_rows(12), some_rows(4), small, folder, progress=False)
 
 
 @pytest.mark.parametrize("kind", ["quartet", "solo"])
 def test_a_resumed_run_is_the_uninterrupted_one(kind: str, tmp_path: Path) -> None:
     straight = run_of(kind, tmp_path / "straight")
-    straight_losses = [straight.train_step()[0] for _ in range(4)]
+    straight_losses = [straight.train_step()["loss"] for _ in range(4)]
     stopped = run_of(kind, tmp_path / "stopped")
-    losses = [stopped.train_step()[0] for _ in range(2)]
+    losses = [stopped.train_step()["loss"] for _ in range(2)]
     stopped.save()
     resumed = run_of(kind, tmp_path / "stopped")
     assert resumed.step == 2
-    losses += [resumed.train_step()[0] for _ in range(2)]
+    losses += [resumed.train_step()["loss"] for _ in range(2)]
     assert losses == straight_losses
-    assert all(torch.equal(a, b) for a, b in zip(straight.master, resumed.master))
+    assert all(torch.equal(a, b) for a, b in zip(straight.weights, resumed.weights))
 
 
-def test_training_lowers_the_loss_and_reports_it_per_domain(tmp_path: Path) -> None:
-    training = run_of("quartet", tmp_path)
+def test_rows_are_taken_as_they_lie(tmp_path: Path) -> None:
+    run = run_of("solo", tmp_path)
+    assert [list(part) for part in run._micro_batches()] == [[0, 1]]
+    run.train_step()
+    assert [list(part) for part in run._micro_batches()] == [[2, 3]]
+
+
+def test_training_lowers_the_loss_and_its_checkpoint_is_exported(tmp_path: Path) -> None:
+    training = run_of("quartet", tmp_path / "quartet")
     before = training.evaluate(some_rows(4), 2)
-    training.run(some_rows(4), log_every=3, save_every=3, evaluate_every=6)
+    training.run()
     after = training.evaluate(some_rows(4), 2)
     assert set(after) == {"a", "b"}
     assert all(after[domain] < before[domain] for domain in after)
-    assert (tmp_path / "log.jsonl").read_text().count("\n") == 3
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, "w3"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2")
+    model, run = trained_model("quartet", tmp_path, tokenizer)
+    assert run["step"] == run["plan"]["steps"] == 6
+    for mine, master in zip(model.parameters(), training.weights, strict=True):
+        assert torch.equal(mine, master.bfloat16())
 
 
 def test_mutual_information_of_known_tables() -> None:

@@ -13,8 +13,8 @@ from markupsafe import Markup
 from moestro.report.curves import Curve, chart
 
 Record = Mapping[str, Any]
-SHADES = 6
-"""Layers are drawn in so many shades, from the first (light) to the last (dark)."""
+SHADES = (2, 6)
+"""Layers are drawn in shades, from the first (light) to the last (dark)."""
 HEALTH = {
     "entropy": ("Entropy of the load", "1 when every expert serves the same number of slots, 0 when one serves all"),
     "max_violation": ("Largest load", "load of the busiest expert over the mean, minus 1: 0 when even"),
@@ -111,7 +111,8 @@ def _health(trained: Sequence[Record]) -> list[tuple[str, str, Markup]]:
     for key, (title, meaning) in HEALTH.items():
         curves = []
         for place, layer in enumerate(layers):
-            shade = 1 + round((SHADES - 1) * place / max(1, len(layers) - 1)) if len(layers) > 1 else SHADES
+            light, dark = SHADES
+            shade = dark - round((dark - light) * (1 - place / (len(layers) - 1))) if len(layers) > 1 else dark
             points = [(r["step"], part[key]) for r in trained for part in r["routers"] if part["layer"] == layer]
             curves.append(Curve(f"layer {layer}", points, f"shade{shade}"))
         if curves:

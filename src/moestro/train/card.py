@@ -7,7 +7,8 @@ import numpy as np
 from moestro.train.corpus import HELD_OUT_SHARE, HELD_OUT_STRINGS, WEIGHTS
 from moestro.train.measure import Measured, mutual_information
 from moestro.train.packing import ROW
-from moestro.train.pretrain import Plan
+from moestro.train.plan import Plan
+from moestro.train.pretrain import BALANCE
 from moestro.train.sources import LANGUAGES, credits
 
 WHAT = {
@@ -47,7 +48,7 @@ def training(plan: Plan, tokens: int, seconds: float) -> str:
         f"{plan.betas}, weight decay {plan.weight_decay}, clipping {plan.clip}, peak rate {plan.peak_rate} with "
         f"{plan.warmup_steps} warm-up steps, constant, then linear decay to zero over the last "
         f"{plan.decay_share:.0%}. bf16 compute, fp32 master weights. Load balancing (quartet): Switch loss over the "
-        f"whole mixed batch, {plan.balance} per layer. CPU, {seconds / 60:.0f} minutes beside other work on two "
+        f"whole mixed batch, {BALANCE} per layer. CPU, {seconds / 60:.0f} minutes beside other work on two "
         "shared cores, resumed from checkpoints (quartet: once onto another experts kernel), so a new run agrees up "
         f"to rounding, not bit for bit. Seed {plan.seed}."
     )

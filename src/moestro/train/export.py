@@ -9,20 +9,24 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from moestro.data import embedded, token_batches
+from moestro.train import checkpoint
 from moestro.train.card import model_card
 from moestro.train.measure import Measured, measure
 from moestro.train.packing import ROW
-from moestro.train.pretrain import Plan, new_model
+from moestro.train.pretrain import new_model
 
 
 def trained_model(kind: str, work: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, dict]:
     """The bf16 model of the run's checkpoint, and {"step", "seconds", "plan"} of that run."""
-    state = torch.load(work / kind / "checkpoint.pt", weights_only=True)
+    state = checkpoint.read(work / kind)
+    if state is None:
+        raise FileNotFoundError(f"{work / kind} holds no checkpoint; run the step {kind} first")
     model = fresh_model(kind, tokenizer, seed=0)
     with torch.no_grad():
-        for parameter, master in zip(model.parameters(), state["master"], strict=True):
-            parameter.copy_(master)
-    return model.bfloat16().eval(), {name: state[name] for name in ("step", "seconds", "plan")}
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state["weights"][name])
+    run = {"step": state["step"], "seconds": state["seconds"], "plan": state["settings"]["plan"]}
+    return model.bfloat16().eval(), run
 
 
 def fresh_model(kind: str, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> PreTrainedModel:
@@ -69,7 +73,7 @@ def export_all(work: Path, folder: Path, tokenizer: PreTrainedTokenizerFast) -> 
         size = sum(p.numel() for p in model.parameters())
         (target / "README.md").write_text(model_card(kind, size, runs, measured), encoding="utf-8")
         numbers = {
-            "tokens": runs[kind]["step"] * Plan(**runs[kind]["plan"]).batch_rows * ROW,
+            "tokens": runs[kind]["step"] * runs[kind]["plan"]["batch_rows"] * ROW,
             "heldout_loss": {domain: round(loss, 4) for domain, loss in measured[kind].losses.items()},
         }
         (target / "measured.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

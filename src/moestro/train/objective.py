@@ -48,7 +48,7 @@ class Objective:
         self._routings: list[tuple[MoELayer, Routing]] = []
         self._losses = {name: _term(name, value) for name, value in (router_losses or {}).items()}
         if self._losses:
-            if getattr(model, "is_gradient_checkpointing", False):
+            if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
                 raise ValueError("router_losses read the routers' outputs, which gradient checkpointing discards")
             for layer in find_layers(model):
                 layer.router.register_forward_hook(partial(self._remember, layer))

@@ -18,7 +18,7 @@ import moestro
 from moestro.train import packing
 from moestro.train.corpus import Document, build
 from moestro.train.export import export_all, fresh_model
-from moestro.train.pretrain import Plan, Training
+from moestro.train.pretrain import TOKENS, plan_of, start_training
 from moestro.train.sample import write_parallel, write_sample
 from moestro.train.tokenizer import load_or_train
 
@@ -70,12 +70,12 @@ def sample_step(work: Path) -> None:
     print(f"sample: {size / 1e6:.2f} MB in {folder}")
 
 
-def start_training(kind: str, work: Path, plan: Plan) -> Training:
-    """The run of one model, resumed from its checkpoint where there is one."""
+def training_step(kind: str, work: Path, tokens: int) -> None:
+    """Train one model, from its checkpoint where there is one."""
+    plan = plan_of(kind, tokens)
     model = fresh_model(kind, load_or_train(work / "tokenizer", []), seed=plan.seed)
-    training = Training(model, packing.read_rows(work, "train"), plan, work / kind)
-    training.resume()
-    return training
+    rows, heldout = (packing.read_rows(work, split) for split in ("train", "heldout"))
+    start_training(kind, model, rows, heldout, plan, work / kind).run()
 
 
 @app.command()
@@ -84,7 +84,7 @@ def main(
         list[str] | None, typer.Argument(help=f"steps to run, of {', '.join(STEPS)}; all when none")
     ] = None,
     work: Annotated[Path, typer.Option(help="downloads, tokens, checkpoints and logs")] = Path("runs"),
-    tokens: Annotated[int, typer.Option(help="training tokens per model")] = Plan.tokens,
+    tokens: Annotated[int, typer.Option(help="training tokens per model")] = TOKENS,
     threads: Annotated[int, typer.Option(help="CPU threads of a training")] = 2,
 ) -> None:
     """Run the chosen steps."""
@@ -102,7 +102,7 @@ def main(
         sample_step(work)
     for kind in ("quartet", "solo"):
         if kind in chosen:
-            start_training(kind, work, Plan(tokens=tokens)).run(packing.read_rows(work, "heldout"))
+            training_step(kind, work, tokens)
     if "export" in chosen:
         export_all(work, PACKAGE / "bundled", load_or_train(work / "tokenizer", []))
 
