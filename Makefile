@@ -36,6 +36,7 @@ evidence: setup  ## rerun every paper's experiment and regenerate docs/evidence.
 
 bench: setup     ## speed beside transformers' own backends
 	$(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/train.py
 
 models: setup    ## train the bundled models from scratch (hours)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[recipe]'
