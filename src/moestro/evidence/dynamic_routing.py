@@ -65,8 +65,8 @@ NOT_SHOWN = {
         "its sign changes from seed to seed: in so short a run the routers do not learn which tokens are hard"
     ),
     "quartet, top-p at inference alone: largest rise of the loss from one p to the next, nats": (
-        "the loss is least where p gives about the 3 or 4 experts a token that quartet was trained with, and rises "
-        "beyond: with weights normalised over more experts than in training, each weighs too little"
+        "the loss is least at p = 0.6, which gives the 4 experts a token that quartet was trained with, and rises "
+        "beyond: it has not learned to use more"
     ),
 }
 
