@@ -253,3 +253,9 @@ def test_losses_are_gathered_by_name_and_added_in_training_only() -> None:
     each = [layer.mlp.losses["load_balance"] for layer in model.model.layers]
     assert_close(losses["load_balance"], sum(each))
     assert model.eval()(input_ids=ids, labels=ids).aux_loss is None
+
+
+def test_importing_moestro_is_enough_for_auto_classes() -> None:
+    code = "import moestro; from transformers import AutoConfig; print(AutoConfig.for_model('moestro_lm').router)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["top_k"]
