@@ -20,6 +20,8 @@ TOP = rooms("fitting", "cli", "evidence")
 # Who must not import whom: rooms of moestro, or other packages.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     "routing": ("transformers", "moestro"),
+    "stats": ("transformers", "torch", "moestro"),
+    "sets": ("transformers", "moestro"),
     # of transformers, the layers know the experts interface alone
     "layers": (*TRANSFORMERS_MODELS, *rooms("view", "data", "report", "models"), *METHODS, *TOP),
     "models": (*rooms("view", "report"), *METHODS, *TOP),

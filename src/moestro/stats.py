@@ -1,0 +1,160 @@
+"""The one statistics room: intervals, tests and their correction, so that no finding stands without them.
+
+Everything takes numbers per unit of sampling (a prompt, a sentence, a seed), not per token: tokens of one text are not
+independent. scipy does the work; what is here fixes the choices, so that all of moestro reports alike.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+Statistic = Callable[..., float | NDArray]
+"""Of one or several samples; must take `axis`."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the bootstrap interval around it."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float = LEVEL
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap(
+    values: ArrayLike,
+    *others: ArrayLike,
+    statistic: Statistic = np.mean,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Percentile interval of `statistic` over units; several samples of one length are resampled together (paired).
+
+    Raises ValueError for fewer than two units, samples of different lengths, or values that are not finite.
+    """
+    samples = _finite(values, *others)
+    if len({len(s) for s in samples}) > 1:
+        raise ValueError(f"paired samples of lengths {[len(s) for s in samples]}; they must be the same units")
+    if len(samples[0]) < 2:
+        raise ValueError(f"an interval needs two units or more; there is {len(samples[0])}")
+    estimate = float(statistic(*samples, axis=-1))
+    if all(np.ptp(s) == 0 for s in samples):
+        return Interval(estimate, estimate, estimate, level)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            samples,
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=max(1, 2**24 // len(samples[0])),
+            confidence_level=level,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    return Interval(estimate, float(found.confidence_interval.low), float(found.confidence_interval.high), level)
+
+
+def difference(
+    treated: ArrayLike, control: ArrayLike, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Mean of treated - control over the same units, with its paired bootstrap interval."""
+    a, b = _finite(treated, control)
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} treated and {len(b)} control values; a paired difference needs the same units")
+    return bootstrap(a - b, level=level, resamples=resamples, seed=seed)
+
+
+def permutation_test(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    statistic: Literal["mean", "pearson", "spearman"] = "mean",
+    paired: bool = False,
+    alternative: Literal["two-sided", "less", "greater"] = "two-sided",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> float:
+    """p-value. "mean": first - second, exchanging labels, or within pairs; correlations: exchanging partners."""
+    a, b = _finite(first, second)
+    if (paired or statistic != "mean") and len(a) != len(b):
+        raise ValueError(f"samples of lengths {len(a)} and {len(b)}; they must be the same units")
+    of: Callable[..., float | NDArray]
+    if statistic == "mean":
+        kind, of, data = ("samples" if paired else "independent"), _mean_difference, (a, b)
+    else:
+        if statistic == "spearman":
+            a, b = stats.rankdata(a), stats.rankdata(b)
+        kind, of, data = "pairings", lambda x, axis: _pearson(x, b, axis), (a,)
+    return float(
+        stats.permutation_test(
+            data,
+            of,
+            permutation_type=kind,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=max(1, 2**24 // (len(a) + len(b))),
+            alternative=alternative,
+            rng=np.random.default_rng(seed),
+        ).pvalue
+    )
+
+
+def exceeds(measured: float, null: ArrayLike) -> float:
+    """One-sided p-value of a measured number among draws of its control: (1 + draws as large) / (1 + draws)."""
+    (draws,) = _finite(null)
+    return float((1 + np.count_nonzero(draws >= measured)) / (1 + len(draws)))
+
+
+def corrected(p_values: Sequence[float], method: Literal["fdr", "holm"] = "fdr") -> NDArray[np.float64]:
+    """p-values adjusted for their number: Benjamini-Hochberg's false discovery rate, or Holm's family-wise error."""
+    p = np.asarray(p_values, dtype=float)
+    if not len(p):
+        return p
+    if method == "fdr":
+        return stats.false_discovery_control(p, method="bh")
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted
+
+
+def _finite(*samples: ArrayLike) -> tuple[NDArray[np.float64], ...]:
+    arrays = tuple(np.asarray(s, dtype=np.float64).ravel() for s in samples)
+    for array in arrays:
+        if not len(array):
+            raise ValueError("an empty sample: there is nothing to compare")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{np.count_nonzero(~np.isfinite(array))} of {len(array)} values are not finite")
+    return arrays
+
+
+def _mean_difference(x: NDArray, y: NDArray, axis: int) -> Any:
+    return np.mean(x, axis=axis) - np.mean(y, axis=axis)
+
+
+def _pearson(x: NDArray, y: NDArray, axis: int) -> Any:
+    x = x - x.mean(axis=axis, keepdims=True)
+    y = y - y.mean()
+    return (x * y).sum(axis=axis) / np.maximum(np.linalg.norm(x, axis=axis) * np.linalg.norm(y), 1e-300)

@@ -1,0 +1,157 @@
+"""A steering setup as a small file: which edits, learned from what, for which model.
+
+    steering = Steering.of(view, SwitchOff({(3, 7)}), learned_from="refusals.jsonl, 40 + 40 prompts")
+    steering.save("no-refusals.json")
+    with Steering.load("no-refusals.json").on(view):      refuses another model
+        view.model.generate(...)
+
+The file is JSON: a person can read what is changed, and change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from moestro.sets import by_layer, from_layers
+from moestro.view.edit import Edit, ForceOn, Gain, LogitBias, SwitchOff
+
+
+class Fingerprint(BaseModel):
+    """What tells a model from another: its shape, and a hash of its routers' weights."""
+
+    model_config = ConfigDict(frozen=True)
+
+    architecture: str
+    experts: dict[int, int]
+    """{MoE layer: number of experts}"""
+    routers: str
+    """SHA-256 of the router weights in bf16, so that the type a checkpoint is loaded in does not matter."""
+
+    @classmethod
+    def of(cls, view: Any) -> Fingerprint:
+        digest = hashlib.sha256()
+        for layer in view.layers:
+            for name, weight in sorted(layer.router.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+        sizes = {layer.index: layer.num_experts for layer in view.layers}
+        return cls(architecture=type(view.model).__name__, experts=sizes, routers=digest.hexdigest())
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """What sets `other` apart, in words; None where they are the same model."""
+        if self.architecture != other.architecture:
+            return f"it is for a {self.architecture}, and this is a {other.architecture}"
+        for layer in sorted({**self.experts, **other.experts}):
+            mine, theirs = self.experts.get(layer, 0), other.experts.get(layer, 0)
+            if mine != theirs:
+                return (
+                    f"it is for {mine} experts in layer {layer}, and this model has {theirs}: experts were pruned or "
+                    "merged, and the numbers of the rest have changed"
+                )
+        return None if self.routers == other.routers else "the router weights differ: it is for another checkpoint"
+
+
+class Kind(NamedTuple):
+    """How edits of one class are written to JSON and read back."""
+
+    edit: type[Any]
+    dump: Callable[[Any], dict[str, Any]]
+    load: Callable[[dict[str, Any]], Any]
+
+
+def _numbers(table: Mapping[int, Tensor]) -> dict[int, Any]:
+    return {layer: values.detach().float().cpu().tolist() for layer, values in table.items()}
+
+
+def _tensors(table: Mapping[str, Any]) -> dict[int, Tensor]:
+    return {int(layer): torch.tensor(values) for layer, values in table.items()}
+
+
+KINDS: dict[str, Kind] = {
+    "switch_off": Kind(
+        SwitchOff, lambda e: {"experts": by_layer(e.experts)}, lambda d: SwitchOff(from_layers(d["experts"]))
+    ),
+    "force_on": Kind(ForceOn, lambda e: {"experts": by_layer(e.experts)}, lambda d: ForceOn(from_layers(d["experts"]))),
+    "gain": Kind(
+        Gain,
+        lambda e: {"gains": [[layer, i, g] for (layer, i), g in e.gains.items()], "renormalize": e.renormalize},
+        lambda d: Gain({(layer, i): g for layer, i, g in d["gains"]}, renormalize=d["renormalize"]),
+    ),
+    "logit_bias": Kind(LogitBias, lambda e: {"bias": _numbers(e.bias)}, lambda d: LogitBias(_tensors(d["bias"]))),
+}
+"""What a steering file can hold. A new kind of edit is one entry."""
+
+
+class Steering(BaseModel):
+    """Edits, where they come from, and the model they are for."""
+
+    format: int = 1
+    model: Fingerprint
+    edits: list[dict[str, Any]]
+    """{"kind": a name in KINDS, ...}"""
+    learned_from: str = ""
+    note: str = ""
+
+    @classmethod
+    def of(cls, view: Any, *edits: Edit, learned_from: str = "", note: str = "") -> Steering:
+        """The setup of these edits on the view's model.
+
+        Raises TypeError for an edit that no file can hold (one made of a function), ValueError for one of some rows.
+        """
+        written = json.loads(json.dumps([_dump(edit) for edit in edits]))  # as they are read back
+        return cls(model=Fingerprint.of(view), edits=written, learned_from=learned_from, note=note)
+
+    def build(self) -> list[Any]:
+        """The edits. Raises ValueError for a kind that this version does not know."""
+        unknown = [e.get("kind") for e in self.edits if e.get("kind") not in KINDS]
+        if unknown:
+            raise ValueError(f"the steering file holds an edit of kind {unknown[0]!r}; known kinds are {sorted(KINDS)}")
+        return [KINDS[e["kind"]].load(e) for e in self.edits]
+
+    def check(self, view: Any) -> None:
+        """Raise ValueError where the view's model is not the one that this was made for."""
+        if (difference := self.model.difference(Fingerprint.of(view))) is not None:
+            raise ValueError(f"this steering setup does not fit the model: {difference}; learn it anew on this model")
+
+    @contextmanager
+    def on(self, view: Any) -> Iterator[None]:
+        """Steer the view's model inside the block. Raises ValueError for another model, before anything runs."""
+        self.check(view)
+        with view.edits(*self.build()):
+            yield
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file, by way of a temporary name."""
+        path = Path(path)
+        half = path.with_name(path.name + ".tmp")
+        half.write_text(json.dumps(self.model_dump(), indent=1) + "\n")
+        half.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Steering:
+        """Raises FileNotFoundError, or ValueError for a file that is no steering setup."""
+        try:
+            return cls.model_validate_json(Path(path).read_text())
+        except ValidationError as e:
+            first = e.errors()[0]
+            raise ValueError(f"{path} is no steering file: {'.'.join(map(str, first['loc']))}: {first['msg']}") from e
+
+
+def _dump(edit: Any) -> dict[str, Any]:
+    for name, kind in KINDS.items():
+        if type(edit) is kind.edit:
+            if edit.rows is not None:
+                raise ValueError(f"{type(edit).__name__}(rows=...): no file can name rows of a batch; leave it out")
+            return {"kind": name, **kind.dump(edit)}
+    known = sorted(kind.edit.__name__ for kind in KINDS.values())
+    raise TypeError(f"{type(edit).__name__} cannot be written to a steering file; it holds {known}")

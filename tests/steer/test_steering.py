@@ -1,0 +1,78 @@
+"""Steering files: what they hold, and the models they refuse."""
+
+import pytest
+import torch
+
+import moestro
+import tiny
+from moestro import ForceOn, Gain, LogitBias, Reselect, SwitchOff
+from moestro.steer.steering import Steering
+
+IDS = torch.randint(0, 131, (2, 7), generator=torch.Generator().manual_seed(3))
+EDITS = (
+    SwitchOff({(1, 3), (2, 0)}),
+    ForceOn({(2, 1)}),
+    Gain({(1, 2): 0.5, (2, 2): 3.0}, renormalize=True),
+    LogitBias({2: torch.linspace(-1, 1, 8)}),
+)
+
+
+@pytest.fixture
+def view():
+    return moestro.open(tiny.make("qwen3_moe").model)
+
+
+def logits(view) -> torch.Tensor:
+    with torch.no_grad():
+        return view.model(IDS).logits
+
+
+def test_a_saved_setup_steers_as_the_edits_do(view, tmp_path) -> None:
+    with view.edits(*EDITS):
+        steered = logits(view)
+    plain = logits(view)
+    path = Steering.of(view, *EDITS, learned_from="a test", note="n").save(tmp_path / "s.json")
+    setup = Steering.load(path)
+    assert setup == Steering.of(view, *EDITS, learned_from="a test", note="n")
+    with setup.on(view):
+        assert torch.equal(logits(view), steered)
+    assert torch.equal(logits(view), plain)
+    assert not torch.equal(plain, steered)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
+
+
+def test_the_type_that_a_checkpoint_is_loaded_in_does_not_matter(view) -> None:
+    setup = Steering.of(view, *EDITS)
+    setup.check(moestro.open(view.model.to(torch.bfloat16)))
+
+
+def test_other_models_are_refused(view) -> None:
+    setup = Steering.of(view, *EDITS)
+    other = tiny.make("qwen3_moe").model
+    with torch.no_grad():
+        moestro.open(other).layers[0].router.weight.add_(0.1)
+    with pytest.raises(ValueError, match="router weights differ"):
+        setup.check(moestro.open(other))
+    with pytest.raises(ValueError, match="for a Qwen3MoeForCausalLM, and this is a GptOss"):
+        setup.check(moestro.open(tiny.make("gpt_oss").model))
+    view.keep_experts({layer.index: [0, 2, 3, 5] for layer in view.layers})
+    with pytest.raises(ValueError, match="has 4: experts were pruned"), setup.on(view):
+        pass
+
+
+def test_edits_that_no_file_can_hold_are_refused(view) -> None:
+    with pytest.raises(TypeError, match="Reselect cannot be written"):
+        Steering.of(view, Reselect(lambda layer, logits: logits))
+    with pytest.raises(ValueError, match="rows of a batch"):
+        Steering.of(view, SwitchOff({(1, 3)}, rows=[0]))
+
+
+def test_broken_files_are_refused_by_name(view, tmp_path) -> None:
+    path = tmp_path / "s.json"
+    path.write_text('{"edits": []}')
+    with pytest.raises(ValueError, match=r"s\.json is no steering file: model"):
+        Steering.load(path)
+    setup = Steering.of(view)
+    setup.edits.append({"kind": "hypnosis"})
+    with pytest.raises(ValueError, match="'hypnosis'; known kinds"):
+        setup.build()

@@ -1,0 +1,89 @@
+"""The statistics room, and sets with their controls."""
+
+import numpy as np
+import pytest
+import torch
+
+from moestro import sets, stats
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    hits = [(i := stats.bootstrap(rng.normal(1.0, 2.0, 60), resamples=500)).low <= 1.0 <= i.high for _ in range(200)]
+    assert 0.90 <= np.mean(hits) <= 0.99
+
+
+def test_paired_difference_sees_what_the_spread_of_units_hides() -> None:
+    rng = np.random.default_rng(1)
+    units = rng.normal(0, 10, 50)
+    found = stats.difference(units + 0.5 + rng.normal(0, 0.1, 50), units)
+    assert found.excludes_zero
+    assert found.estimate == pytest.approx(0.5, abs=0.1)
+
+
+def test_constant_samples_have_an_interval_of_no_width() -> None:
+    assert stats.bootstrap([2.0, 2.0]) == stats.Interval(2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, float("nan")]])
+def test_samples_that_say_nothing_are_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError):
+        stats.bootstrap(values)
+
+
+def test_unequal_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 treated and 2 control"):
+        stats.difference([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match="same units"):
+        stats.permutation_test([1, 2, 3], [1, 2], statistic="pearson")
+
+
+def test_permutation_p_values_are_uniform_without_an_effect_and_small_with_one() -> None:
+    rng = np.random.default_rng(2)
+    null = [stats.permutation_test(rng.normal(size=12), rng.normal(size=12), resamples=199) for _ in range(100)]
+    assert 0.4 < np.mean(null) < 0.6
+    x = rng.normal(size=30)
+    assert stats.permutation_test(x, x + rng.normal(0, 0.3, 30), statistic="spearman") < 0.01
+    assert stats.permutation_test(x + 1, x, paired=True) < 0.01
+    assert stats.permutation_test(x + 3, x) < 0.01
+
+
+def test_exceeds_counts_the_measured_draw_itself() -> None:
+    assert stats.exceeds(5.0, [1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert stats.exceeds(2.5, [1, 2, 3, 4]) == pytest.approx(3 / 5)
+
+
+def test_corrections_of_many_tests() -> None:
+    assert stats.corrected([0.01, 0.04, 0.03], "holm") == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.corrected([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
+    assert len(stats.corrected([])) == 0
+
+
+def test_sets_are_chosen_by_score() -> None:
+    scores = {0: torch.tensor([0.1, 0.9, float("nan")]), 2: torch.tensor([0.9, 0.3, 0.2])}
+    assert sets.top(scores, 3) == [(0, 1), (2, 0), (2, 1)]
+    assert sets.top(scores, 1, layers=[2]) == [(2, 0)]
+    assert sets.above(scores, 0.25) == {(0, 1), (2, 0), (2, 1)}
+    assert sets.from_layers({"0": [1], "2": [1, 0]}) == sets.above(scores, 0.25)
+    assert sets.by_layer({(2, 1), (0, 1), (2, 0)}) == {0: [1], 2: [0, 1]}
+    assert sets.overlap({(0, 1), (2, 0)}, {(0, 1)}) == 0.5
+    with pytest.raises(ValueError, match="choose 1 to 5"):
+        sets.top(scores, 6)
+
+
+def test_layer_matched_controls_are_others_in_the_same_numbers() -> None:
+    chosen = {(0, 1), (0, 2), (3, 7)}
+    for control in sets.layer_matched(chosen, {0: 8, 1: 8, 3: 8}, 20, avoid={(3, 0)}):
+        assert {layer: len(n) for layer, n in sets.by_layer(control).items()} == {0: 2, 3: 1}
+        assert not control & (chosen | {(3, 0)})
+    crowded = next(sets.layer_matched({(0, 0), (0, 1), (0, 2)}, {0: 4}, 1))
+    assert len(crowded) == 3
+    assert (0, 3) in crowded
+    with pytest.raises(ValueError, match="no number 9"):
+        next(sets.layer_matched({(0, 9)}, {0: 8}, 1))
+
+
+def test_random_sets_of_all_layers_repeat_by_seed() -> None:
+    sizes = {0: 4, 1: 4}
+    assert list(sets.anywhere(3, sizes, 5, seed=1)) == list(sets.anywhere(3, sizes, 5, seed=1))
+    assert {len(s) for s in sets.anywhere(3, sizes, 5)} == {3}
