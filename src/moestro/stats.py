@@ -101,11 +101,11 @@ def permutation_test(
         raise ValueError(f"samples of lengths {len(a)} and {len(b)}; they must be the same units")
     of: Callable[..., float | NDArray]
     if statistic == "mean":
-        kind, of, data = ("samples" if paired else "independent"), _mean_difference, (a, b)
+        kind, of, data = ("samples" if paired else "independent"), _mean_difference, [a, b]
     else:
         if statistic == "spearman":
             a, b = stats.rankdata(a), stats.rankdata(b)
-        kind, of, data = "pairings", lambda x, axis: _pearson(x, b, axis), (a,)
+        kind, of, data = "pairings", lambda x, axis: _pearson(x, b, axis), [a]
     return float(
         stats.permutation_test(
             data,

@@ -61,15 +61,11 @@ class Profiles:
         return len(self.samples)
 
     def __getitem__(self, rows: Tensor) -> Profiles:
-        tables = ({i: t[rows] for i, t in table.items()} for table in (self.probability_sums, self.counts))
-        return Profiles(
-            self.samples[rows],
-            self.domain[rows],
-            self.domains,
-            self.tokens[rows],
-            *tables,
-            {i: t[rows] for i, t in self.overlap_sums.items()},
-        )
+        def pick(table: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: values[rows] for layer, values in table.items()}
+
+        head = (self.samples[rows], self.domain[rows], self.domains, self.tokens[rows])
+        return Profiles(*head, pick(self.probability_sums), pick(self.counts), pick(self.overlap_sums))
 
 
 class TextProfiles:
