@@ -162,7 +162,7 @@ def test_events_hold_what_plain_hooks_see(view: moestro.ExpertView, side: str) -
     real = inputs["attention_mask"].flatten().bool()
     with watching_experts(view) as calls:
         logits_of(view.model, inputs)
-    (record,) = view.observe([inputs], [Record("norms", "outputs")])
+    (record,) = view.observe([inputs], [Record("norms", "maxima", "outputs")])
     for layer in view.layers:
         ((hidden, indices, weights),) = calls[layer.index]
         hidden, indices, weights = hidden[real], indices[real], weights[real]
@@ -173,9 +173,12 @@ def test_events_hold_what_plain_hooks_see(view: moestro.ExpertView, side: str) -
             ("weights", weights),
             ("outputs", outputs),
             ("norms", outputs.norm(dim=-1)),
+            ("maxima", outputs.abs().amax(dim=-1)),
             ("combined", (outputs * weights[..., None]).sum(dim=1)),
         ):
             assert_close(seen[name], expected, **FP32)
+        at_channel = seen["outputs"].gather(2, seen["channels"][..., None]).squeeze(2)
+        assert torch.equal(at_channel.abs(), seen["maxima"])
 
 
 def test_outputs_in_chunks_are_the_same(view: moestro.ExpertView, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,8 @@ class Record:
     def update(self, event: MoEEvent) -> None:
         values = dict(event.routing._asdict(), hidden=event.hidden, combined=event.combined)
         values |= {need: getattr(event, need) for need in self.needs}
+        if "maxima" in self.needs:
+            values["channels"] = event.channels
         assert {len(v) for v in values.values()} == {len(event.tokens)}
         self.kept.setdefault(event.layer, []).append((event.tokens, {n: v.clone() for n, v in values.items()}))
 

@@ -104,7 +104,7 @@ def _check_ids(layer: MoELayer, ids: Sequence[int]) -> None:
 
 
 @dataclass(eq=False)
-class OnExperts(Edit):
+class _OnExperts(Edit):
     """Base of the edits of single experts."""
 
     experts: Iterable[ExpertId]
@@ -120,7 +120,7 @@ class OnExperts(Edit):
 
 
 @dataclass(eq=False)
-class SwitchOff(OnExperts):
+class SwitchOff(_OnExperts):
     """Close experts to the router: other experts take their slots, as if they had been pruned."""
 
     def check(self, layer: MoELayer) -> None:
@@ -149,7 +149,7 @@ class SwitchOff(OnExperts):
 
 
 @dataclass(eq=False)
-class ForceOn(OnExperts):
+class ForceOn(_OnExperts):
     """Give experts a slot for every token: their logits are raised to the token's largest, and top-k must take them."""
 
     def check(self, layer: MoELayer) -> None:

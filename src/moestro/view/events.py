@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moestro.routing import Routing
 
-NEEDS = frozenset({"lm_logits", "norms", "outputs", "residual"})
+NEEDS = frozenset({"lm_logits", "maxima", "norms", "outputs", "residual"})
 """What an observer may ask for beyond what every event carries."""
 
 
@@ -131,9 +131,10 @@ class MoEEvent:
 
     Attributes of N tokens are computed when first read, so an observer pays only for what it uses:
     `hidden` [N, H] (input of the experts), `routing` (the triple that was in force, edits included), `combined`
-    [N, H] (the routed experts' weighted sum; before any Replace where an observer asks for norms or outputs), and
-    where asked for in `needs`: `norms` [N, K] (L2 norm of each slot's output before its gate weight), `outputs`
-    [N, K, H], `residual` [N, H] (the residual stream that the block will be added to). Unused slots have weight 0.
+    [N, H] (the routed experts' weighted sum; before any Replace where an observer asks for norms, maxima or outputs),
+    and where asked for in `needs`: `norms` [N, K] (L2 norm of each slot's output before its gate weight), `maxima`
+    [N, K] (its largest entry by magnitude, with the channel in `channels` [N, K]), `outputs` [N, K, H], `residual`
+    [N, H] (the residual stream that the block will be added to). Unused slots have weight 0.
     """
 
     def __init__(
@@ -147,18 +148,22 @@ class MoEEvent:
         routing: Routing,
         combined: Tensor,
         norms: Tensor | None = None,
+        maxima: Tensor | None = None,
+        channels: Tensor | None = None,
         outputs: Tensor | None = None,
         residual: Tensor | None = None,
     ):
         self.layer, self.num_experts, self.tokens = layer, num_experts, tokens
         self._kept = kept
-        self._raw = dict(hidden=hidden, combined=combined, norms=norms, outputs=outputs, residual=residual)
+        self._raw = dict(hidden=hidden, combined=combined, outputs=outputs, residual=residual)
+        self._raw |= dict(norms=norms, maxima=maxima, channels=channels)
         self._routing = routing
 
     def _rows(self, name: str) -> Tensor:
         value = self._raw[name]
         if value is None:
-            raise ValueError(f"event.{name} was not asked for: add {name!r} to the observer's needs")
+            need = "maxima" if name == "channels" else name
+            raise ValueError(f"event.{name} was not asked for: add {need!r} to the observer's needs")
         return value if self._kept is None else value[self._kept.to(value.device)]
 
     @cached_property
@@ -172,6 +177,14 @@ class MoEEvent:
     @cached_property
     def norms(self) -> Float[Tensor, "n k"]:
         return self._rows("norms")
+
+    @cached_property
+    def maxima(self) -> Float[Tensor, "n k"]:
+        return self._rows("maxima")
+
+    @cached_property
+    def channels(self) -> Int[Tensor, "n k"]:
+        return self._rows("channels")
 
     @cached_property
     def outputs(self) -> Float[Tensor, "n k h"]:

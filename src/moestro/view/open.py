@@ -15,7 +15,7 @@ import moestro.view.checkpoint as checkpoint
 import moestro.view.surgery as surgery
 from moestro.bundled import bundled_path
 from moestro.view.edit import Edit
-from moestro.view.events import Observer
+from moestro.view.events import Batch, Observer
 from moestro.view.layers import MoELayer, find_layers, load, stack_of
 from moestro.view.lm_logits import logits_observers
 from moestro.view.observe import as_batch, observe
@@ -71,6 +71,11 @@ class ExpertView:
             raise ValueError("lm_logits are handed out by view.observe(data, observers) alone")
         with self._taps.observing(observers):
             yield
+
+    @property
+    def batch(self) -> Batch | None:
+        """For hooks of one's own inside `observe`: the batch that the model reads, with its tokens and padding."""
+        return self._taps.batch
 
     @contextmanager
     def reading(self, batch: Any) -> Iterator[None]:

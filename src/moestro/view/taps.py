@@ -29,7 +29,7 @@ OUTPUT_BYTES = 256 * 2**20
 """Memory for the slot outputs of one event; more tokens are served in chunks."""
 
 OBSERVED = "moestro_observed"
-SLOT_NEEDS = frozenset({"norms", "outputs"})
+SLOT_NEEDS = frozenset({"maxima", "norms", "outputs"})
 _watched: dict[nn.Module, Callable[..., Tensor]] = {}
 """Experts modules whose slots are observed at this moment, by whatever thread runs them."""
 
@@ -74,6 +74,11 @@ class Taps:
     def active(self) -> bool:
         """Whether an edit or an observation is under way."""
         return self._depth > 0
+
+    @property
+    def batch(self) -> Batch | None:
+        """The batch of the forward pass under way; None between passes, and where nothing tells it."""
+        return self._batch
 
     @contextmanager
     def editing(self, edits: Sequence[Edit]) -> Iterator[None]:
@@ -268,7 +273,7 @@ class Taps:
             if not is_experts(layer.experts):
                 raise ValueError(
                     f"layer {layer.index}: its experts were replaced by {type(layer.experts).__name__}, which has no "
-                    "slots; observers that need norms or outputs cannot run"
+                    "slots; observers that need norms, maxima or outputs cannot run"
                 )
             if layer.experts in _watched:
                 raise RuntimeError(f"another view of this model observes {layer.name}; end that observation first")
@@ -289,15 +294,23 @@ class Taps:
         for start in range(0, max(len(hidden), 1), step):
             h, i, w = (t[start : start + step] for t in (hidden, indices, weights))
             norms = torch.zeros(i.shape, dtype=torch.float32, device=h.device)
-            outputs = h.new_zeros(*i.shape, width) if "outputs" in self._needs else None
+            given: dict[str, Tensor] = {"norms": norms}
+            if "maxima" in self._needs:
+                given |= {"maxima": torch.zeros_like(norms), "channels": torch.zeros_like(i, dtype=torch.long)}
+            if "outputs" in self._needs:
+                given["outputs"] = h.new_zeros(*i.shape, width)
 
-            def on_outputs(token: Tensor, slot: Tensor, out: Tensor, norms=norms, outputs=outputs) -> None:
-                norms[token, slot] = torch.linalg.vector_norm(out.detach(), dim=-1, dtype=torch.float32)
-                if outputs is not None:
-                    outputs[token, slot] = out.detach()
+            def on_outputs(token: Tensor, slot: Tensor, out: Tensor, given: dict[str, Tensor] = given) -> None:
+                out = out.detach()
+                given["norms"][token, slot] = torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32)
+                if "maxima" in given:
+                    largest, channel = out.abs().max(dim=-1)
+                    given["maxima"][token, slot], given["channels"][token, slot] = largest.float(), channel
+                if "outputs" in given:
+                    given["outputs"][token, slot] = out
 
             combined = experts_forward(layer.experts, h, i, w, on_outputs=on_outputs)
-            self._emit(layer, h, i, w, combined, start, len(hidden), norms=norms, outputs=outputs)
+            self._emit(layer, h, i, w, combined, start, len(hidden), **given)
             parts.append(combined)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
