@@ -60,3 +60,32 @@ def test_parts_of_the_data_merge_to_the_whole(view) -> None:
     assert merged.of("b").samples.tolist() == [1, 3]
     with pytest.raises(ValueError, match="no text of 'c'"):
         merged.of("c")
+
+
+def test_skipped_tokens_are_read_and_not_counted(view) -> None:
+    ids = IDS.clone()
+    ids[:, 0], ids[:, 4] = 7, 9
+    ids[2] = 9
+    data = DATA | {"input_ids": ids}
+    rules = {layer.index: layer.rule for layer in view.layers}
+    whole, without = view.observe([data], [TextProfiles(rules), TextProfiles(rules, skip=[7, 9])], progress=False)
+    only = torch.tensor([0, 1, 3])  # of text 2 nothing is left
+    assert without.samples.tolist() == only.tolist()
+    left = (MASK.bool() & (ids != 7) & (ids != 9)).sum(1)[only]
+    assert without.tokens.tolist() == left.tolist()
+    for layer in view.layers:
+        assert (without.counts[layer.index].sum(1) == left * layer.top_k).all()
+        assert (without.counts[layer.index] <= whole.counts[layer.index][only]).all()
+        assert ((without.pairs[layer.index] < left) & (left < whole.tokens[only])).all()
+        assert (whole.pairs[layer.index] == whole.tokens - 1).all()
+
+
+def test_entropy_is_that_of_the_tokens_and_below_that_of_their_mean(view) -> None:
+    profiles = observe(view, [DATA])
+    for layer, q in profiles.importance.items():
+        assert (profiles.entropy[layer] <= torch.special.entr(q).sum(1) + 1e-9).all()
+    one = {k: v if k == "domains" else v[:1, :1] if v.dim() == 2 else v[:1] for k, v in DATA.items()}
+    single = observe(view, [one])
+    for layer, q in single.importance.items():
+        torch.testing.assert_close(single.entropy[layer], torch.special.entr(q).sum(1), rtol=1e-5, atol=1e-6)
+        assert single.consistency[layer].isnan().all()

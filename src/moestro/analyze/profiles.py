@@ -2,18 +2,20 @@
 
     q[s, e] = mean over the text's tokens of p_t[e]          p: the router's probabilities over all E experts
     a[s, e] = number of the text's tokens that expert e served
+    h[s]    = mean entropy of p_t, nats
 
 Shapes: S texts (samples), E experts, N tokens, K slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moestro.routing import SCORES, RoutingRule
@@ -32,8 +34,11 @@ class Profiles:
     tokens: Float[Tensor, " s"]
     probability_sums: dict[int, Float[Tensor, "s e"]]
     counts: dict[int, Float[Tensor, "s e"]]
+    entropy_sums: dict[int, Float[Tensor, " s"]]
     overlap_sums: dict[int, Float[Tensor, " s"]]
     """Sum over adjacent tokens of a text of the Jaccard overlap of their expert sets."""
+    pairs: dict[int, Float[Tensor, " s"]]
+    """How many adjacent tokens that sum holds: those next to each other that were read in one window."""
 
     @property
     def importance(self) -> dict[int, Float[Tensor, "s e"]]:
@@ -48,8 +53,12 @@ class Profiles:
     @property
     def consistency(self) -> dict[int, Float[Tensor, " s"]]:
         """{layer: mean Jaccard overlap of the expert sets of adjacent tokens}; NaN for texts of one token."""
-        pairs = (self.tokens - 1).clamp_min(0)
-        return {layer: sums / pairs for layer, sums in self.overlap_sums.items()}
+        return {layer: sums / self.pairs[layer] for layer, sums in self.overlap_sums.items()}
+
+    @property
+    def entropy(self) -> dict[int, Float[Tensor, " s"]]:
+        """{layer: mean over the text's tokens of the entropy of their routing, nats}"""
+        return {layer: sums / self.tokens for layer, sums in self.entropy_sums.items()}
 
     def of(self, domain: str) -> Profiles:
         """The texts of one domain. Raises ValueError for one that was not observed."""
@@ -65,19 +74,22 @@ class Profiles:
             return {layer: values[rows] for layer, values in table.items()}
 
         head = (self.samples[rows], self.domain[rows], self.domains, self.tokens[rows])
-        return Profiles(*head, pick(self.probability_sums), pick(self.counts), pick(self.overlap_sums))
+        tables = (self.probability_sums, self.counts, self.entropy_sums, self.overlap_sums, self.pairs)
+        return Profiles(*head, *map(pick, tables))
 
 
 class TextProfiles:
     """Observer: `Profiles` of all texts, S * E numbers a layer. Texts may be cut over batches and processes.
 
-    `rules`: {layer: its RoutingRule}, which tells how logits become scores; by default their softmax.
+    `rules`: {layer: its RoutingRule}, which tells how logits become scores; by default their softmax. `skip`: ids of
+    tokens that are read and not counted, as those that open every text or belong to a template.
     """
 
     needs: frozenset[str] = frozenset()
 
-    def __init__(self, rules: Mapping[int, RoutingRule | None] | None = None) -> None:
+    def __init__(self, rules: Mapping[int, RoutingRule | None] | None = None, *, skip: Collection[int] = ()) -> None:
         self.rules = rules or {}
+        self.skip = torch.tensor(sorted(skip), dtype=torch.long)
         self._domains: list[str] = []
         self._domain_of: dict[int, int] = {}
         self._tokens: dict[int, float] = {}
@@ -85,7 +97,10 @@ class TextProfiles:
         self._first_layer: int | None = None
 
     def update(self, event: MoEEvent) -> None:
-        tokens, routing, size = event.tokens, event.routing, event.num_experts
+        kept = (~torch.isin(event.tokens.id, self.skip)).nonzero().flatten()
+        if not len(kept):
+            return
+        tokens = event.tokens[kept]
         samples, row = tokens.sample.unique(return_inverse=True)
         if self._first_layer in (None, event.layer):
             self._first_layer = event.layer
@@ -96,16 +111,15 @@ class TextProfiles:
             for s, d, n in zip(samples.tolist(), domain.tolist(), row.bincount().tolist(), strict=True):
                 self._domain_of[s] = self._domains.index(tokens.domains[d])
                 self._tokens[s] = self._tokens.get(s, 0.0) + n
-        probabilities = self._probabilities(event).cpu()
-        used = ((routing.weights != 0) & (routing.indices < size)).cpu()
-        chosen = torch.zeros(len(tokens), size + 1, dtype=torch.bool)
-        chosen.scatter_(1, routing.indices.cpu().clamp(max=size).masked_fill(~used, size).long(), True)
-        chosen = chosen[:, :size]
+        probabilities = self._probabilities(event).cpu()[kept]
+        chosen = chosen_experts(event)[kept]
         adjacent = (row[1:] == row[:-1]) & (tokens.position[1:] == tokens.position[:-1] + 1)
         both = (chosen[1:] & chosen[:-1]).sum(1)
         jaccard = torch.zeros(len(tokens))
         jaccard[1:] = torch.where(adjacent, both / (chosen[1:] | chosen[:-1]).sum(1).clamp_min(1), 0)
-        columns = torch.cat([probabilities.double(), chosen.double(), jaccard[:, None].double()], dim=1)
+        paired = F.pad(adjacent, (1, 0))
+        scalars = torch.stack([torch.special.entr(probabilities).sum(1), jaccard, paired], dim=1)
+        columns = torch.cat([probabilities.double(), chosen.double(), scalars.double()], dim=1)
         sums = torch.zeros(len(samples), columns.shape[1], dtype=torch.float64).index_add_(0, row, columns)
         kept = self._sums.setdefault(event.layer, {})
         for s, values in zip(samples.tolist(), sums, strict=True):
@@ -129,7 +143,7 @@ class TextProfiles:
     def result(self) -> Profiles:
         samples = sorted(self._tokens)
         joined = {layer: torch.stack([rows[s] for s in samples]) for layer, rows in sorted(self._sums.items())}
-        sizes = {layer: (t.shape[1] - 1) // 2 for layer, t in joined.items()}
+        sizes = {layer: (t.shape[1] - 3) // 2 for layer, t in joined.items()}
         return Profiles(
             torch.tensor(samples),
             torch.tensor([self._domain_of[s] for s in samples]),
@@ -137,5 +151,13 @@ class TextProfiles:
             torch.tensor([self._tokens[s] for s in samples], dtype=torch.float64),
             {layer: t[:, : sizes[layer]] for layer, t in joined.items()},
             {layer: t[:, sizes[layer] : 2 * sizes[layer]] for layer, t in joined.items()},
-            {layer: t[:, -1] for layer, t in joined.items()},
+            *({layer: t[:, column] for layer, t in joined.items()} for column in (-3, -2, -1)),
         )
+
+
+def chosen_experts(event: MoEEvent) -> Bool[Tensor, "n e"]:
+    """Which experts serve each token."""
+    routing, size = event.routing, event.num_experts
+    used = (routing.weights != 0) & (routing.indices < size)
+    chosen = torch.zeros(len(event.tokens), size + 1, dtype=torch.bool)  # the last column takes unused slots
+    return chosen.scatter_(1, routing.indices.masked_fill(~used, size).cpu().long(), True)[:, :size]

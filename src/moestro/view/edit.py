@@ -104,7 +104,7 @@ def _check_ids(layer: MoELayer, ids: Sequence[int]) -> None:
 
 
 @dataclass(eq=False)
-class _OnExperts(Edit):
+class OnExperts(Edit):
     """Base of the edits of single experts."""
 
     experts: Iterable[ExpertId]
@@ -120,7 +120,7 @@ class _OnExperts(Edit):
 
 
 @dataclass(eq=False)
-class SwitchOff(_OnExperts):
+class SwitchOff(OnExperts):
     """Close experts to the router: other experts take their slots, as if they had been pruned."""
 
     def check(self, layer: MoELayer) -> None:
@@ -149,7 +149,7 @@ class SwitchOff(_OnExperts):
 
 
 @dataclass(eq=False)
-class ForceOn(_OnExperts):
+class ForceOn(OnExperts):
     """Give experts a slot for every token: their logits are raised to the token's largest, and top-k must take them."""
 
     def check(self, layer: MoELayer) -> None:
