@@ -38,6 +38,14 @@ LEFT_PADDING: dict[str, str] = {
 }
 """{family: why statistics of a left-padded batch are those of other tokens}. Padding is never counted there either."""
 
+NO_PATTERN: dict[str, str] = {
+    "granitemoe_swa": "its eager attention gives no pattern that makes the heads' output: heads can be observed and "
+    "masked, patterns neither read nor forced",
+    "unlimited_ocr": "its eager attention does not know grouped queries: heads can be observed and masked, patterns "
+    "neither read nor forced",
+}
+"""{family: why attention patterns are refused}"""
+
 LIMITS = (UNSUPPORTED, NO_SURGERY, FIXED_TOP_K, NO_GREEDY_GENERATE, NO_RESIDUAL)
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
@@ -57,7 +65,8 @@ def markdown() -> str:
         "",
         f"transformers has {len(families)} model families with an experts class. For each, `tests/families` builds a",
         "tiny random model and runs every seam on it: open and verify the routing rule, observe (padded batches too),",
-        "edit and undo, `generate` under an edit, the `moestro` experts backend, bf16, models inside larger ones, keep",
+        "edit and undo, the same for attention heads, `generate` under an edit, the `moestro` experts backend, bf16,",
+        "models inside larger ones, keep",
         "half of the experts, change top-k, save, and reload in plain transformers.",
         "",
         f"{len(whole)} families pass all of it. What the other {rest} cannot do is refused with its reason, and",
@@ -68,7 +77,7 @@ def markdown() -> str:
         "|---|---|---|---|---|---|",
     ]
     for family in families:
-        reasons = [note[family] for note in (*LIMITS, LEFT_PADDING) if family in note]
+        reasons = [note[family] for note in (*LIMITS, NO_PATTERN, LEFT_PADDING) if family in note]
         cells = [
             "no" if family in UNSUPPORTED else "yes",
             "no" if family in UNSUPPORTED or family in NO_SURGERY else "yes",

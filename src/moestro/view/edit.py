@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moestro.routing import Routing
+from moestro.view.events import Batch
 from moestro.view.layers import MoELayer
 
 ExpertId = tuple[int, int]
@@ -28,17 +29,13 @@ ExpertId = tuple[int, int]
 
 
 @dataclass(eq=False)
-class Edit:
-    """Base of all edits: acts on `layers()`, does nothing anywhere."""
+class RowChoice:
+    """Which rows of a batch an edit acts on."""
 
     rows: Sequence[int] | Sequence[bool] | Tensor | None = field(default=None, kw_only=True)
     """Rows of the batch that are edited: their numbers, or one bool per row. None: all.
 
     One bool per row tells how many rows there are, so under beam search each stands for all the beams of its row."""
-
-    def layers(self) -> Collection[int] | None:
-        """Decoder layer numbers it acts on; None: all MoE layers."""
-        return None
 
     def row_numbers(self) -> set[int] | None:
         """The edited rows; None: all. Raises ValueError where they are no row numbers."""
@@ -61,6 +58,15 @@ class Edit:
             raise ValueError(f"{type(self).__name__}(rows={rows.tolist()}): the batch has {count} rows")
         return torch.zeros(count, dtype=torch.bool).index_fill(0, rows.cpu().long(), True)
 
+
+@dataclass(eq=False)
+class Edit(RowChoice):
+    """Base of all edits of experts: acts on `layers()`, does nothing anywhere."""
+
+    def layers(self) -> Collection[int] | None:
+        """Decoder layer numbers it acts on; None: all MoE layers."""
+        return None
+
     def check(self, layer: MoELayer) -> None:
         """Raise ValueError where the layer cannot be edited like this. Called before anything runs."""
 
@@ -73,6 +79,10 @@ class Edit:
     def routing(self, layer: int, routing: Routing) -> Routing:
         return routing
 
+    def routing_at(self, layer: int, routing: Routing, batch: Batch) -> Routing:
+        """Like `routing`, for edits that must know which row and position each of the B * T places holds."""
+        return routing
+
     def output(
         self, layer: int, hidden: Float[Tensor, "n h"], routing: Routing, output: Float[Tensor, "n h"]
     ) -> Float[Tensor, "n h"]:
@@ -81,6 +91,10 @@ class Edit:
     @property
     def changes_logits(self) -> bool:
         return type(self).logits is not Edit.logits
+
+    @property
+    def reads_batch(self) -> bool:
+        return type(self).routing_at is not Edit.routing_at
 
     @property
     def changes_output(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moestro.routing import Routing
 
-NEEDS = frozenset({"lm_logits", "maxima", "norms", "outputs", "residual"})
+NEEDS = frozenset({"heads", "lm_logits", "maxima", "norms", "outputs", "patterns", "residual"})
 """What an observer may ask for beyond what every event carries."""
 
 
@@ -57,6 +57,10 @@ class Batch:
     tokens: Tokens
     kept: Int[Tensor, " n"] | None
     """Places of the tokens among B * T; None where there is no padding."""
+    before: int = 0
+    """Columns that precede the T in a cache, padding included."""
+    real: Bool[Tensor, "b s"] | None = None
+    """Which of the `before` + T columns hold a token; None where all do."""
 
     def on_grid(self, values: Shaped[Tensor, " n"], padding: float) -> Shaped[Tensor, "b t"]:
         """The tokens' values at their places, and `padding` where no token is."""
@@ -75,6 +79,7 @@ class Batch:
         start: Int[Tensor, " b"] | int = 0,
         domain: Int[Tensor, " b"] | None = None,
         domains: tuple[str, ...] = ("all",),
+        before: int = 0,
     ) -> Batch:
         """`mask` may be longer than T (a cache precedes the tokens): its last T columns count."""
         rows, length = shape
@@ -82,7 +87,7 @@ class Batch:
         ids = torch.full(shape, -1) if ids is None else ids.to(device)
         if mask is None or mask.dim() != 2:
             position = torch.arange(length).expand(shape)
-            keep = None
+            keep = real = None
         else:
             real = mask.to(device).bool()
             position = (real.long().cumsum(dim=1) - 1)[:, -length:]
@@ -95,7 +100,7 @@ class Batch:
         if kept is not None:
             flat = [t[kept] for t in flat]
         sample, position, ids, domain = flat
-        return cls(shape, Tokens(sample, position, ids, domain, domains), kept)
+        return cls(shape, Tokens(sample, position, ids, domain, domains), kept, before, real)
 
     @classmethod
     def of_forward(cls, kwargs: Mapping[str, Any]) -> Batch | None:
@@ -113,7 +118,8 @@ class Batch:
             mask = _real_tokens(mask, before, given.shape[1])
         elif mask is not None and not isinstance(mask, Tensor):
             return None
-        return cls.of((given.shape[0], given.shape[1]), ids=ids, mask=mask, start=before if mask is None else 0)
+        start = before if mask is None else 0
+        return cls.of((given.shape[0], given.shape[1]), ids=ids, mask=mask, start=start, before=before)
 
 
 def _real_tokens(mask: Shaped[Tensor, "b h t s"], before: int, length: int) -> Bool[Tensor, "b n"]:

@@ -166,7 +166,7 @@ def _nothing_found(model: nn.Module) -> str:
     closed = next(((n, m.no_triple) for n, m in model.named_modules() if hasattr(m, "no_triple")), None)
     if closed:
         return f"{type(model).__name__} cannot be opened: {closed[0]} {closed[1]}"
-    return f"{type(model).__name__} is a dense model: it has no experts to open"
+    return f"{type(model).__name__} is a dense model: it has no experts to open (experts=False opens its heads)"
 
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -215,6 +215,13 @@ def stack_of(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
         if isinstance(module, PreTrainedModel) and holds and name.count(".") + (name != "") > depth:
             inner, depth = module, name.count(".") + (name != "")
     return inner
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of any language model that turns token ids into hidden states."""
+    get = getattr(model, "get_decoder", None)
+    found = get() if get is not None else None
+    return found if isinstance(found, nn.Module) else getattr(model, "base_model", model)
 
 
 def decoder_layer(stack: nn.Module, layer: MoELayer) -> nn.Module:

@@ -8,10 +8,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moestro.view.events import Batch, LogitsObserver, Observer
+from moestro.view.events import Batch, LogitsObserver
+from moestro.view.heads import AnyObserver
 
 
-def logits_observers(observers: Sequence[Observer]) -> list[LogitsObserver]:
+def logits_observers(observers: Sequence[AnyObserver]) -> list[LogitsObserver]:
     """Those that need "lm_logits"."""
     return [cast(LogitsObserver, o) for o in observers if "lm_logits" in o.needs]
 

@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float, Int
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from moestro.view.events import Batch, MoEEvent, Observer, Tokens
+from moestro.view.events import Batch, MoEEvent, Tokens
+from moestro.view.heads import AnyObserver
 from moestro.view.lm_logits import hand_logits, language_model, logits_observers
 from moestro.view.taps import Taps
 
@@ -40,7 +41,7 @@ def observe(
     stack: nn.Module,
     taps: Taps,
     data: Iterable[Any],
-    observers: Sequence[Observer],
+    observers: Sequence[AnyObserver],
     *,
     progress: bool = True,
     description: str = "observing",
@@ -123,7 +124,9 @@ def _rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def _merged(observers: Sequence[Observer], failure: Exception | None, rank: int, world: int) -> Sequence[Observer]:
+def _merged(
+    observers: Sequence[AnyObserver], failure: Exception | None, rank: int, world: int
+) -> Sequence[AnyObserver]:
     """The observers of all processes merged in rank order, the same on every process; or the failure of any."""
     import torch.distributed as dist
 

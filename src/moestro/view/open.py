@@ -15,48 +15,48 @@ import moestro.view.checkpoint as checkpoint
 import moestro.view.surgery as surgery
 from moestro.bundled import bundled_path
 from moestro.view.edit import Edit
-from moestro.view.events import Batch, Observer
-from moestro.view.layers import MoELayer, find_layers, load, stack_of
+from moestro.view.events import Batch
+from moestro.view.heads import AnyObserver, HeadEdit, HeadLayer
+from moestro.view.layers import MoELayer, decoder_of, find_layers, load, stack_of
 from moestro.view.lm_logits import logits_observers
 from moestro.view.observe import as_batch, observe
 from moestro.view.taps import Taps
 
 
-class ExpertView:
-    """A model seen through its experts. The model itself stays an ordinary transformers model (`view.model`)."""
+class HeadView:
+    """A model seen through its attention heads: for dense models, which have no experts.
 
-    streamed = False
-    """Whether the weights stay on disk (see `StreamView`)."""
+    The model itself stays an ordinary transformers model (`view.model`).
+    """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, *, part: str | None = None):
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, stack: nn.Module | None = None):
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.layers: list[MoELayer] = find_layers(model, part)
-        self.stack: Any = stack_of(model, self.layers)
+        self.layers: list[MoELayer] = []
+        self.stack: Any = stack if stack is not None else decoder_of(model)
         """The sub-model that runs from token ids to hidden states."""
-        self.original_ids: dict[int, list[int]] = {layer.index: list(range(layer.num_experts)) for layer in self.layers}
-        """{layer: for each present expert, its number when the model was opened}"""
-        self.load_seconds: float | None = None
-        """What loading the model took; None for a model that came from memory."""
-        self._taps = Taps(self.layers, self.stack)
-        self._stated = self.layers[0].num_experts
+        self._taps = Taps([], self.stack)
 
     def __repr__(self) -> str:
-        return "\n".join([f"ExpertView of {type(self.model).__name__}:", *(f"  {layer}" for layer in self.layers)])
+        return "\n".join([f"HeadView of {type(self.model).__name__}:", *(f"  {layer}" for layer in self.heads)])
 
-    def layer(self, index: int) -> MoELayer:
-        """The MoE layer in decoder layer `index`."""
-        for layer in self.layers:
-            if layer.index == index:
-                return layer
-        raise ValueError(f"decoder layer {index} has no experts; MoE layers are {[*self.original_ids]}")
+    @property
+    def heads(self) -> list[HeadLayer]:
+        """The attention layers whose heads can be observed and edited, verified when first asked for.
 
-    # Observe and edit: the weights stay as they are
+        Raises ValueError where the model does not use transformers' attention interface.
+        """
+        return self._taps.heads.layers
+
+    @property
+    def num_heads(self) -> dict[int, int]:
+        """{decoder layer: number of query heads}"""
+        return {layer.index: layer.num_heads for layer in self.heads}
 
     def observe(
         self,
         data: Iterable[Any],
-        observers: Sequence[Observer],
+        observers: Sequence[AnyObserver],
         *,
         progress: bool = True,
         description: str = "observing",
@@ -65,7 +65,7 @@ class ExpertView:
         return observe(self.model, self.stack, self._taps, data, observers, progress=progress, description=description)
 
     @contextmanager
-    def observing(self, *observers: Observer) -> Iterator[None]:
+    def observing(self, *observers: AnyObserver) -> Iterator[None]:
         """Observe whatever runs inside the block, `generate` included; samples are rows of the batch."""
         if logits_observers(observers):
             raise ValueError("lm_logits are handed out by view.observe(data, observers) alone")
@@ -84,13 +84,46 @@ class ExpertView:
             yield
 
     @contextmanager
-    def edits(self, *edits: Edit) -> Iterator[None]:
+    def edits(self, *edits: Edit | HeadEdit) -> Iterator[None]:
         """Run edits inside the block. They nest, and are gone afterwards, also after an exception.
 
         Raises ValueError before anything runs where an edit does not fit the model.
         """
         with self._taps.editing(edits):
             yield
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.stack.parameters()).device
+
+
+class ExpertView(HeadView):
+    """A model seen through its experts, and its heads."""
+
+    streamed = False
+    """Whether the weights stay on disk (see `StreamView`)."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, part: str | None = None):
+        layers = find_layers(model, part)
+        super().__init__(model, tokenizer, stack=stack_of(model, layers))
+        self.layers = layers
+        self.original_ids: dict[int, list[int]] = {layer.index: list(range(layer.num_experts)) for layer in self.layers}
+        """{layer: for each present expert, its number when the model was opened}"""
+        self.load_seconds: float | None = None
+        """What loading the model took; None for a model that came from memory."""
+        self._taps = Taps(self.layers, self.stack)
+        self._stated = self.layers[0].num_experts
+
+    def __repr__(self) -> str:
+        return "\n".join([f"ExpertView of {type(self.model).__name__}:", *(f"  {layer}" for layer in self.layers)])
+
+    def layer(self, index: int) -> MoELayer:
+        """The MoE layer in decoder layer `index`."""
+        for layer in self.layers:
+            if layer.index == index:
+                return layer
+        raise ValueError(f"decoder layer {index} has no experts; MoE layers are {[*self.original_ids]}")
 
     # Surgery: the weights change
 
@@ -146,11 +179,6 @@ class ExpertView:
             self._stated = count
 
     @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return next(self.stack.parameters()).device
-
-    @property
     def num_bytes(self) -> int:
         """Size of the weights in a saved checkpoint."""
         return checkpoint.saved_bytes(self.model)
@@ -174,13 +202,15 @@ def open(
     *,
     tokenizer: Any = None,
     part: str | None = None,
+    experts: bool = True,
     stream: bool = False,
     **load_options: Any,
 ) -> Any:
     """Open a mixture-of-experts model: a transformers model, a checkpoint directory, or a name on the hub.
 
-    `part`: which expert stack to open where a model has several ("vision_moe", say). `stream=True` opens a directory
-    layer by layer, for models larger than memory. `load_options` go to `from_pretrained` (dtype, device_map, ...).
+    `experts=False` opens any model, a dense one too, for its attention heads alone (a `HeadView`). `part`: which expert
+    stack to open where a model has several ("vision_moe", say). `stream=True` opens a directory layer by layer, for
+    models larger than memory. `load_options` go to `from_pretrained` (dtype, device_map, ...).
 
     Raises:
         ValueError: a dense model, remote code, or a router that no routing rule reproduces (with the layer's name and
@@ -197,9 +227,13 @@ def open(
         return StreamView(model, tokenizer=tokenizer, part=part, **load_options)
     if isinstance(model, str | Path):
         model, found, seconds = load(model, **load_options)
-        view = ExpertView(model, found if tokenizer is None else tokenizer, part=part)
-        view.load_seconds = seconds
-        return view
-    if load_options:
+        tokenizer = found if tokenizer is None else tokenizer
+    elif load_options:
         raise TypeError(f"{sorted(load_options)} apply to a path; this model is loaded already")
-    return ExpertView(model, tokenizer, part=part)
+    else:
+        seconds = None
+    if not experts:
+        return HeadView(model, tokenizer)
+    view = ExpertView(model, tokenizer, part=part)
+    view.load_seconds = seconds
+    return view

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 import moestro.view.checkpoint as checkpoint
 import moestro.view.surgery as surgery
-from moestro.view.events import Observer
+from moestro.view.heads import AnyObserver
 from moestro.view.layers import MoELayer, load_tokenizer
 from moestro.view.lm_logits import hand_logits, language_model, logits_observers
 from moestro.view.observe import _merged, _rank_and_world, as_batch, progress_bar
@@ -33,6 +33,7 @@ from moestro.view.open import ExpertView
 from moestro.view.stream_parts import Ahead, State, adopt_generation_config, copy_companions, list_of, router_names
 from moestro.view.stream_walk import Hidden, Progress, Walk
 from moestro.view.stream_weights import SHARD_BYTES, Group, Weights, Writer
+from moestro.view.taps import HEAD_NEEDS
 
 HIDDEN_BYTES = 2**30
 """Hidden states of the calibration set are kept in memory up to this size, beyond it in files."""
@@ -126,7 +127,7 @@ class StreamView(ExpertView):
     def replace_experts(self, layer: int, module: nn.Module) -> None:
         raise ValueError("a streamed model's experts cannot be replaced by a module: open it with stream=False")
 
-    def observing(self, *observers: Observer) -> Any:
+    def observing(self, *observers: AnyObserver) -> Any:
         raise ValueError("a streamed model cannot be called; give the data to view.observe(data, observers)")
 
     # Observe
@@ -134,7 +135,7 @@ class StreamView(ExpertView):
     def observe(
         self,
         data: Iterable[Any],
-        observers: Sequence[Observer],
+        observers: Sequence[AnyObserver],
         *,
         progress: bool = True,
         description: str = "observing",
@@ -157,6 +158,8 @@ class StreamView(ExpertView):
                 cannot be pickled into it.
             FloatingPointError: NaN router logits; names the layer and the sample.
         """
+        if any(o.needs & HEAD_NEEDS for o in observers):
+            raise ValueError("a streamed model's heads cannot be observed: open it with stream=False")
         rank, world = _rank_and_world()
         batches = data if hasattr(data, "__len__") and hasattr(data, "__getitem__") else list(data)
         observers, failure = list(observers), None
@@ -173,7 +176,7 @@ class StreamView(ExpertView):
     def _observe(
         self,
         batches: Any,
-        observers: list[Observer],
+        observers: list[AnyObserver],
         rank: int,
         world: int,
         description: str | None,
@@ -241,7 +244,7 @@ class StreamView(ExpertView):
         inputs = {k: v.to(self._weights.device) for k, v in inputs.items()}
         hidden.keep_all = walk.reader_of_more(inputs, hidden.get(place, self._weights.device)) is not None
 
-    def _fingerprint(self, batches: Any, observers: Sequence[Observer]) -> dict[str, Any]:
+    def _fingerprint(self, batches: Any, observers: Sequence[AnyObserver]) -> dict[str, Any]:
         """What an interrupted observation must have in common with the one that goes on."""
         if self._taps._edits:
             raise ValueError("an observation under edits cannot be resumed; leave out work=")

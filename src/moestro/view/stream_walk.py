@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moestro.view.events import Observer
+from moestro.view.heads import AnyObserver
 
 
 @dataclass
@@ -272,7 +272,7 @@ class Progress:
                 "give work= another directory, or delete this one"
             )
 
-    def resume(self, observers: Sequence[Observer], hidden: Hidden) -> int:
+    def resume(self, observers: Sequence[AnyObserver], hidden: Hidden) -> int:
         """Bring observers to where they were; returns the layer to go on with."""
         if not self._found:
             hidden.clear(but=0)
@@ -288,7 +288,7 @@ class Progress:
         hidden.generation, hidden.keep_all = self._found["layer"], self._found["keep_all"]
         return int(self._found["layer"])
 
-    def commit(self, layer: int, observers: Sequence[Observer], hidden: Hidden) -> None:
+    def commit(self, layer: int, observers: Sequence[AnyObserver], hidden: Hidden) -> None:
         """Make what has been observed up to `layer` (exclusive) count."""
         name = f"observers-{layer}.pickle"
         with open(self._directory / name, "wb") as file:

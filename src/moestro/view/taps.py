@@ -22,6 +22,8 @@ from moestro.routing import Routing
 from moestro.view.edit import Edit, ForceOn, SwitchOff
 from moestro.view.events import NEEDS, Batch, MoEEvent, Observer
 from moestro.view.experts_backend import experts_forward
+from moestro.view.head_taps import HeadTaps
+from moestro.view.heads import AnyObserver, HeadEdit
 from moestro.view.layers import MoELayer, is_experts
 from moestro.view.rules import logits_of
 
@@ -29,6 +31,7 @@ OUTPUT_BYTES = 256 * 2**20
 """Memory for the slot outputs of one event; more tokens are served in chunks."""
 
 OBSERVED = "moestro_observed"
+HEAD_NEEDS = frozenset({"heads", "patterns"})
 SLOT_NEEDS = frozenset({"maxima", "norms", "outputs"})
 _watched: dict[nn.Module, Callable[..., Tensor]] = {}
 """Experts modules whose slots are observed at this moment, by whatever thread runs them."""
@@ -56,6 +59,7 @@ class Taps:
 
     def __init__(self, layers: Sequence[MoELayer], stack: nn.Module):
         self.layers, self.stack = layers, stack
+        self.heads = HeadTaps(stack, lambda: self._batch)
         self._by_index = {layer.index: layer for layer in layers}
         self._edits: list[Edit] = []
         self._observers: list[Observer] = []
@@ -81,18 +85,21 @@ class Taps:
         return self._batch
 
     @contextmanager
-    def editing(self, edits: Sequence[Edit]) -> Iterator[None]:
+    def editing(self, edits: Sequence[Edit | HeadEdit]) -> Iterator[None]:
         """Run the edits until the block ends, after all those already active."""
-        for edit in edits:
+        of_heads = [edit for edit in edits if isinstance(edit, HeadEdit)]
+        of_experts = [edit for edit in edits if not isinstance(edit, HeadEdit)]
+        for edit in of_experts:
             self._check(edit)
         before = list(self._edits)
-        self._check_together([*before, *edits])
-        self._edits = before + list(edits)
-        try:
-            with self._installed():
-                yield
-        finally:
-            self._edits = before
+        self._check_together([*before, *of_experts])
+        with ExitStack() as undo:
+            undo.enter_context(self._installed())
+            if of_heads:
+                undo.enter_context(self.heads.editing(of_heads))
+            undo.callback(setattr, self, "_edits", before)
+            self._edits = before + of_experts
+            yield
 
     def _check(self, edit: Edit) -> None:
         chosen = edit.layers()
@@ -123,21 +130,24 @@ class Taps:
                     union.check(self._by_index[index])
 
     @contextmanager
-    def observing(self, observers: Sequence[Observer]) -> Iterator[None]:
+    def observing(self, observers: Sequence[AnyObserver]) -> Iterator[None]:
         """Hand events of every forward pass to the observers until the block ends."""
         needs = frozenset().union(*(o.needs for o in observers))
         if needs - NEEDS:
             raise ValueError(f"observers need {sorted(needs - NEEDS)}; known needs are {sorted(NEEDS)}")
-        if self._observers:
+        if self._observers or self.heads.observed:
             raise RuntimeError("an observation is already running on this model; give it all observers at once")
+        of_heads: list[Any] = [o for o in observers if o.needs & HEAD_NEEDS]
         with ExitStack() as undo:
             undo.callback(self._forget)
             undo.enter_context(self._installed())
+            if of_heads:
+                undo.enter_context(self.heads.observing(of_heads))
             if needs & SLOT_NEEDS:
                 self._watch_slots(undo)
             if "residual" in needs:
                 self._watch_norms(undo)
-            self._observers, self._needs = list(observers), needs
+            self._observers, self._needs = [o for o in observers if isinstance(o, Observer)], needs
             yield
 
     def _forget(self) -> None:
@@ -220,6 +230,8 @@ class Taps:
             routing = Routing(logits, weights, indices)
         for edit in edits:
             new = edit.routing(layer.index, routing)
+            if edit.reads_batch:
+                new = edit.routing_at(layer.index, new, self._batch_for(layer, len(new.logits)))
             if new is not routing:
                 rows = self._rows(edit, layer, new.logits)
                 weights, indices = (_where(rows, n, o) for n, o in zip(new[1:], routing[1:]))
