@@ -87,3 +87,35 @@ def test_random_sets_of_all_layers_repeat_by_seed() -> None:
     sizes = {0: 4, 1: 4}
     assert list(sets.anywhere(3, sizes, 5, seed=1)) == list(sets.anywhere(3, sizes, 5, seed=1))
     assert {len(s) for s in sets.anywhere(3, sizes, 5)} == {3}
+
+
+def test_totals_have_the_interval_of_the_mean_they_sum_to() -> None:
+    values = np.random.default_rng(5).normal(3.0, 1.0, 60)
+    table = np.stack([values, np.ones(60)], axis=1)
+    (found,) = stats.bootstrap_totals(table, lambda s: s[:, :1] / s[:, 1:], seed=1)
+    wanted = stats.bootstrap(values, seed=2)
+    assert found.estimate == pytest.approx(wanted.estimate)
+    assert found.low == pytest.approx(wanted.low, abs=0.05)
+    assert found.high == pytest.approx(wanted.high, abs=0.05)
+
+
+def test_groups_are_resampled_on_their_own() -> None:
+    table = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    for interval in stats.bootstrap_totals(table, lambda s: s, groups=["a", "a", "b"]):
+        assert interval.low == interval.high == interval.estimate
+    assert stats.bootstrap_totals(table, lambda s: s)[1].low == 0
+
+
+@pytest.mark.parametrize(("table", "words"), [([[1.0]], "two units"), ([[1.0], [float("nan")]], "1 of 2 values")])
+def test_totals_of_bad_tables_are_refused(table, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        stats.bootstrap_totals(table, lambda s: s)
+
+
+def test_a_share_of_none_or_all_has_an_interval_of_some_width() -> None:
+    assert stats.proportion(0, 10).low == 0 < 0.2 < stats.proportion(0, 10).high < 0.4
+    half = stats.proportion(50, 100)
+    assert (half.estimate, half.low) == (0.5, pytest.approx(0.404, abs=1e-3))  # Wilson's, by hand
+    for count, units in ((1, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match=f"{count} of {units}"):
+            stats.proportion(count, units)

@@ -75,6 +75,36 @@ def bootstrap(
     return Interval(estimate, float(found.confidence_interval.low), float(found.confidence_interval.high), level)
 
 
+def bootstrap_totals(
+    table: ArrayLike,
+    statistic: Callable[[NDArray[np.float64]], NDArray],
+    *,
+    groups: ArrayLike | None = None,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Interval]:
+    """Percentile intervals of functions of the column sums of `table` [units, columns].
+
+    `statistic` takes sums [R, columns] to [R, M], of which each column gets an interval. With `groups` [units] every
+    group of units is resampled on its own, so that none can vanish. Raises ValueError for fewer than two units.
+    """
+    rows = np.asarray(table, dtype=np.float64)
+    if rows.ndim != 2 or len(rows) < 2:
+        raise ValueError(f"an interval needs a table of two units or more; this one is {rows.shape}")
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(rows))} of {rows.size} values are not finite")
+    rng = np.random.default_rng(seed)
+    members = np.zeros(len(rows)) if groups is None else np.asarray(groups)
+    weights = np.zeros((resamples, len(rows)))
+    for group in np.unique(members):
+        units = np.flatnonzero(members == group)
+        weights[:, units] = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), resamples)
+    estimate = statistic(rows.sum(axis=0)[None])[0]
+    low, high = np.quantile(statistic(weights @ rows), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [Interval(float(e), float(a), float(b), level) for e, a, b in zip(estimate, low, high, strict=True)]
+
+
 def difference(
     treated: ArrayLike, control: ArrayLike, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
@@ -83,6 +113,17 @@ def difference(
     if len(a) != len(b):
         raise ValueError(f"{len(a)} treated and {len(b)} control values; a paired difference needs the same units")
     return bootstrap(a - b, level=level, resamples=resamples, seed=seed)
+
+
+def proportion(count: int, units: int, *, level: float = LEVEL) -> Interval:
+    """Share of the units and its Wilson interval, which has a width also where none or all are counted.
+
+    Raises ValueError unless 0 <= count <= units and there are units.
+    """
+    if not 0 <= count <= units or not units:
+        raise ValueError(f"{count} of {units} units is no share; count from 0 to all of one unit or more")
+    found = stats.binomtest(count, units).proportion_ci(level, method="wilson")
+    return Interval(count / units, float(found.low), float(found.high), level)
 
 
 def permutation_test(
