@@ -1,13 +1,16 @@
 """How evenly experts are used.
 
     violation of an expert = (load - mean load) / mean load
-    under-used: load < threshold * mean load
+    under-used: load < threshold * mean load                                        "ReXMoE" (arXiv:2510.17483)
+    evenness = H(load) / log E                    1: all alike, 0: one expert serves everything
+    Gini     = mean difference of two loads / (2 * mean load)            0: all alike, 1 - 1/E: one serves everything
 
-"ReXMoE" (arXiv:2510.17483). Shapes: D domains, E experts.
+Shapes: D domains, E experts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -36,3 +39,17 @@ def under_used(loads: Loads, threshold: float = UNDER_USED) -> float:
     """Share of all experts with less than `threshold` of their layer's mean load."""
     violations = torch.cat(list(load_balance_violation(loads).values()))
     return float((violations < threshold - 1).double().mean())
+
+
+def evenness(loads: Float[Tensor, "*b e"]) -> Float[Tensor, "*b"]:
+    """Entropy of the load over its largest possible value; 0 where there is no load."""
+    shares = loads.double() / loads.double().sum(dim=-1, keepdim=True).clamp_min(1e-300)
+    return torch.special.entr(shares).sum(dim=-1) / math.log(max(loads.shape[-1], 2))
+
+
+def gini(loads: Float[Tensor, "*b e"]) -> Float[Tensor, "*b"]:
+    """Gini coefficient of the load."""
+    ranked = loads.double().sort(dim=-1).values
+    experts = loads.shape[-1]
+    place = 2 * torch.arange(1, experts + 1, dtype=torch.float64) - experts - 1
+    return (ranked * place).sum(dim=-1) / (experts * ranked.sum(dim=-1)).clamp_min(1e-300)
