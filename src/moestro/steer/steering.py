@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from moestro.sets import by_layer, from_layers
+from moestro.steer.router_steering import HardActivate, HardSuppress, SoftSteer
 from moestro.view.edit import Edit, ForceOn, Gain, LogitBias, SwitchOff
 
 
@@ -87,6 +88,21 @@ KINDS: dict[str, Kind] = {
         lambda d: Gain({(layer, i): g for layer, i, g in d["gains"]}, renormalize=d["renormalize"]),
     ),
     "logit_bias": Kind(LogitBias, lambda e: {"bias": _numbers(e.bias)}, lambda d: LogitBias(_tensors(d["bias"]))),
+    "soft_steer": Kind(
+        SoftSteer,
+        lambda e: {"experts": by_layer(e.experts), "strength": e.strength},
+        lambda d: SoftSteer(from_layers(d["experts"]), strength=d["strength"]),
+    ),
+    "hard_activate": Kind(
+        HardActivate,
+        lambda e: {"experts": by_layer(e.experts), "seed": e.seed},
+        lambda d: HardActivate(from_layers(d["experts"]), seed=d["seed"]),
+    ),
+    "hard_suppress": Kind(
+        HardSuppress,
+        lambda e: {"experts": by_layer(e.experts), "seed": e.seed},
+        lambda d: HardSuppress(from_layers(d["experts"]), seed=d["seed"]),
+    ),
 }
 """What a steering file can hold. A new kind of edit is one entry."""
 
