@@ -17,26 +17,27 @@ def papers(
     """List the papers that are covered, with what their experiments showed here."""
     from moestro.evidence import page, records
 
-    table = Table()
-    for name in ("key", "title", "arXiv", "claims shown", "run on", ""):
-        table.add_column(name, no_wrap=name in ("key", "arXiv", "run on"), overflow="fold")
+    table = Table(box=None, pad_edge=False)
+    longest = max(map(len, records.papers()))
+    for name, width in (("key", longest), ("arXiv", 10), ("shown", 5), ("run on", 11), ("title", None)):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=width)
+    old = []
     for key, module in records.papers().items():
         record = records.load(key)
         if record is None:
-            table.add_row(key, module.TITLE, module.ARXIV, "", "", "not run yet")
+            table.add_row(key, module.ARXIV, "", "not run yet", module.TITLE)
             continue
-        shown = f"{sum(claim.holds for claim in record.claims)} of {len(record.claims)}"
-        note = _staleness(records.stale(record))
-        table.add_row(key, module.TITLE, module.ARXIV, shown, f"{record.date:%Y-%m-%d}", note)
+        shown = f"{sum(claim.holds for claim in record.claims)}/{len(record.claims)}"
+        table.add_row(key, module.ARXIV, shown, f"{record.date:%Y-%m-%d}", module.TITLE)
+        if changed := records.stale(record):
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            old.append(f"{key}: older than its code: {changed[0]}{more} changed since")
     console.print(table)
+    for line in old:
+        console.print(f"[yellow]{line}[/]", highlight=False)
     if docs:
         written = page.write_page()
         console.print(f"written: {written}" if written else "not written: this is no checkout of the sources")
-
-
-def _staleness(changed: list[str]) -> str:
-    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    return f"older than its code: {changed[0]}{more} changed since" if changed else ""
 
 
 def reproduce(

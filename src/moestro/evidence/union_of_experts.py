@@ -54,10 +54,6 @@ SOURCES = (
 )
 QUICK = {"seeds": 1, "image_steps": 150, "language_steps": 40}
 NOT_SHOWN = {
-    "all slices and heads: share of greedy continuations that are the same": (
-        "in the recorded run one of 16 dense continuations stopped at an end token that the union did not stop at; up "
-        "to there all tokens are the same. The split has taken over the dense model's generation settings since"
-    ),
     "digits: accuracy that the union loses to the dense model": (
         "300 steps on 1200 images; tokens that few experts want leave some of the C places empty, so the union runs on "
         "little more than a third of the dense multiply-adds, not on half. It misses the margin by less than its spread"
