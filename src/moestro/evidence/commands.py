@@ -17,10 +17,11 @@ def papers(
     """List the papers that are covered, with what their experiments showed here."""
     from moestro.evidence import page, records
 
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, expand=True)
     longest = max(map(len, records.papers()))
-    for name, width in (("key", longest), ("arXiv", 10), ("shown", 5), ("run on", 11), ("title", None)):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=width)
+    for name, width in (("key", longest), ("arXiv", 10), ("shown", 5), ("run on", 11)):
+        table.add_column(name, width=width)
+    table.add_column("title", no_wrap=True, overflow="ellipsis", ratio=1)
     old = []
     for key, module in records.papers().items():
         record = records.load(key)
