@@ -48,6 +48,21 @@ def test_permutation_p_values_are_uniform_without_an_effect_and_small_with_one()
     assert stats.permutation_test(x + 3, x) < 0.01
 
 
+def test_a_rank_correlation_is_spearmans_with_an_interval_that_covers_it() -> None:
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=40)
+    y = x + rng.normal(size=40)
+    interval, p = stats.rank_correlation(x, y)
+    assert interval.estimate == pytest.approx(spearmanr(x, y).statistic)
+    assert 0 < interval.low < interval.estimate < interval.high < 1
+    assert p < 0.01
+    assert stats.rank_correlation(x, rng.normal(size=40))[1] > 0.05
+    with pytest.raises(ValueError, match=r"all 40 values are 1\.0"):
+        stats.rank_correlation(x, np.ones(40))
+
+
 def test_exceeds_counts_the_measured_draw_itself() -> None:
     assert stats.exceeds(5.0, [1, 2, 3, 4]) == pytest.approx(1 / 5)
     assert stats.exceeds(2.5, [1, 2, 3, 4]) == pytest.approx(3 / 5)

@@ -161,6 +161,26 @@ def permutation_test(
     )
 
 
+def rank_correlation(
+    first: ArrayLike, second: ArrayLike, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[Interval, float]:
+    """(Spearman's correlation over units with its bootstrap interval, two-sided permutation p-value).
+
+    Raises ValueError where one of them is the same for all units.
+    """
+    a, b = _finite(first, second)
+    for values in (a, b):
+        if np.ptp(values) == 0:
+            raise ValueError(f"all {len(values)} values are {values[0]}: nothing can be correlated with them")
+
+    def spearman(x: NDArray, y: NDArray, axis: int) -> Any:
+        x, y = (stats.rankdata(v, axis=axis) for v in (x, y))
+        return _pearson(x, y, axis)
+
+    interval = bootstrap(a, b, statistic=spearman, level=level, resamples=resamples, seed=seed)
+    return interval, permutation_test(a, b, statistic="spearman", resamples=resamples, seed=seed)
+
+
 def exceeds(measured: float, null: ArrayLike) -> float:
     """One-sided p-value of a measured number among draws of its control: (1 + draws as large) / (1 + draws)."""
     (draws,) = _finite(null)
@@ -197,5 +217,6 @@ def _mean_difference(x: NDArray, y: NDArray, axis: int) -> Any:
 
 def _pearson(x: NDArray, y: NDArray, axis: int) -> Any:
     x = x - x.mean(axis=axis, keepdims=True)
-    y = y - y.mean()
-    return (x * y).sum(axis=axis) / np.maximum(np.linalg.norm(x, axis=axis) * np.linalg.norm(y), 1e-300)
+    y = y - y.mean(axis=-1, keepdims=True)
+    norms = np.linalg.norm(x, axis=axis) * np.linalg.norm(y, axis=-1)
+    return (x * y).sum(axis=axis) / np.maximum(norms, 1e-300)
