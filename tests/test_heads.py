@@ -298,6 +298,32 @@ def test_bad_edits_are_refused_before_anything_runs(view) -> None:
             raise AssertionError("entered")
 
 
+class Newest(Kept):
+    needs = frozenset({"last_patterns"})
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_the_last_pattern_is_the_last_row_of_the_pattern(view, attention: str, padding: str) -> None:
+    if attention == "sdpa" and not view.model._supports_sdpa:
+        pytest.skip("the family has no sdpa attention")
+    view.model.set_attn_implementation(attention)
+    mask = MASK if padding == "left" else MASK.flip(1)
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+    for given in (mask, torch.ones_like(MASK), None):
+        at = last if given is mask else torch.full((3,), 8)
+        with view.observing(whole := Kept()):
+            logits(view, IDS, given)
+        with view.observing(newest := Newest()):
+            logits(view, IDS, given)
+        for index, (event,) in whole.events.items():
+            found = newest.events[index][0].last_pattern
+            torch.testing.assert_close(found, event.pattern[torch.arange(3), :, at], **NEAR)
+        with view.observing(both := Newest()), view.edits(ForcePattern({(1, 2)}, torch.tensor([[0]] * 3))):
+            logits(view, IDS, given)
+        assert (both.events[1][0].last_pattern[:, 2].amax(dim=-1) == 1).all()
+
+
 def test_a_pattern_that_nobody_asked_for_is_refused(view) -> None:
     class Careless(Kept):
         needs = frozenset({"heads"})
@@ -307,6 +333,10 @@ def test_a_pattern_that_nobody_asked_for_is_refused(view) -> None:
 
     with pytest.raises(ValueError, match='"patterns"'), view.observing(Careless()):
         logits(view)
+    with view.observing(kept := Kept()):
+        logits(view)
+    with pytest.raises(ValueError, match='"last_patterns"'):
+        _ = kept.events[1][0].last_pattern
 
 
 def test_models_without_the_interface_are_refused() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moestro.routing import Routing
 
-NEEDS = frozenset({"heads", "lm_logits", "maxima", "norms", "outputs", "patterns", "residual"})
+NEEDS = frozenset({"heads", "last_patterns", "lm_logits", "maxima", "norms", "outputs", "patterns", "residual"})
 """What an observer may ask for beyond what every event carries."""
 
 

@@ -81,7 +81,7 @@ class HeadTaps:
         self.stack, self._batch = stack, batch
         self._edits: list[HeadEdit] = []
         self._observers: list[HeadObserver] = []
-        self._patterns = False
+        self._needs: frozenset[str] = frozenset()
         self._depth = 0
         self._stop: ExitStack | None = None
 
@@ -122,15 +122,15 @@ class HeadTaps:
     @contextmanager
     def observing(self, observers: Sequence[HeadObserver]) -> Iterator[None]:
         """Hand events of every forward pass to the observers until the block ends."""
-        patterns = any("patterns" in o.needs for o in observers)
-        if patterns and (without := [layer for layer in self.layers if layer.no_pattern]):
+        needs = frozenset().union(*(o.needs for o in observers))
+        if needs & {"patterns", "last_patterns"} and (without := [layer for layer in self.layers if layer.no_pattern]):
             raise ValueError(without[0].no_pattern)
         try:
             with self._installed():
-                self._observers, self._patterns = list(observers), patterns
+                self._observers, self._needs = list(observers), needs
                 yield
         finally:
-            self._observers, self._patterns = [], False
+            self._observers, self._needs = [], frozenset()
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
@@ -170,7 +170,7 @@ class HeadTaps:
         z, weights = attention(module, query, key, value, mask, *args, **kwargs)
         patterned = [e for e in edits if e.pattern_heads(layer.index)]
         pattern = None
-        if patterned or self._patterns:
+        if patterned or "patterns" in self._needs:
             allowed = _allowed(call, module, query, mask, kwargs)
             pattern = _pattern(module, query, key, value, mask, allowed, args, kwargs)
         for edit in patterned:
@@ -189,7 +189,11 @@ class HeadTaps:
             z = _where(_rows(edit, call, z), edit.z(call, z), z)
         if self._observers:
             query, key, value = query.detach(), key.detach(), value.detach()
-            event = HeadEvent(call, query, key, value, z.detach(), None if pattern is None else pattern.detach())
+            pattern = None if pattern is None else pattern.detach()
+            last = None
+            if "last_patterns" in self._needs:
+                last = _last_pattern(call, module, query, key, value, mask, args, kwargs, pattern)
+            event = HeadEvent(call, query, key, value, z.detach(), pattern, last)
             for observer in self._observers:
                 observer.update_heads(event)
         return z, weights if weights is None or not patterned else pattern
@@ -204,19 +208,57 @@ def _where(rows: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if rows is None or new is old else torch.where(rows, new, old)
 
 
-def _allowed(call: HeadCall, module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """[B or 1, A or 1, T, S] bool: which keys each query may see."""
-    length, keys = query.shape[2], call.keys
+def _allowed(
+    call: HeadCall,
+    module: nn.Module,
+    query: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+    at: Tensor | None = None,
+) -> Tensor:
+    """[B or 1, A or 1, T, S] bool: which keys each query may see; of queries `at` [B, 1] alone, [B, A or 1, 1, S]."""
+    keys = call.keys
     if mask is not None and mask.dim() == 4:
         mask = mask[..., :keys]
         return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    allowed = torch.ones(length, keys, dtype=torch.bool, device=query.device)
+    length, device = call.shape[1], query.device
+    at = torch.arange(length, device=device)[None] if at is None else at
+    column = at[:, :, None] + (keys - length)  # of the query itself
+    key = torch.arange(keys, device=device)
+    allowed = torch.ones_like(column == key)
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False:
-        allowed = allowed.tril(keys - length)
+        allowed = key <= column
         if kwargs.get("sliding_window"):
-            allowed = allowed.triu(keys - length - kwargs["sliding_window"] + 1)
-    allowed = allowed[None, None]
+            allowed &= key > column - kwargs["sliding_window"]
+    allowed = allowed[:, None]
     return allowed if mask is None else allowed & mask[:, None, None, -keys:].bool()
+
+
+def _last_pattern(
+    call: HeadCall,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    pattern: Tensor | None,
+) -> Tensor:
+    """The pattern [B, A, S] of each row's last query, from the whole one where that is known."""
+    at = call.last.clamp_min(0).to(query.device)
+
+    def last(grid: Tensor) -> Tensor:
+        """[B, A or 1, 1, *] of [B or 1, A or 1, T, *]"""
+        wide = grid.expand(len(at), -1, -1, -1)
+        return wide.gather(2, at[:, None, None, None].expand(-1, wide.shape[1], 1, wide.shape[3]))
+
+    if pattern is not None:
+        return last(pattern)[:, :, 0]
+    if mask is not None and mask.dim() == 4:
+        mask = last(mask)
+    allowed = _allowed(call, module, query, mask, kwargs, at[:, None])
+    return _pattern(module, last(query), key, value, mask, allowed, args, kwargs)[:, :, 0]
 
 
 def _pattern(

@@ -125,15 +125,22 @@ class HeadEvent:
 
     `z` [N, A, D], `tokens` and `call` are always there; `query` [B, A, T, Dq], `key` [B, G, S, Dq] and `value`
     [B, G, S, D] are those that the attention was given, edits included; `pattern` [B, A, T, S] is there where an
-    observer needs "patterns".
+    observer needs "patterns", `last_pattern` [B, A, S], that of each row's last query, where one needs "last_patterns".
     """
 
     def __init__(
-        self, call: HeadCall, query: Tensor, key: Tensor, value: Tensor, z_grid: Tensor, pattern: Tensor | None
+        self,
+        call: HeadCall,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        z_grid: Tensor,
+        pattern: Tensor | None,
+        last_pattern: Tensor | None = None,
     ):
         self.call, self.layer = call, call.layer.index
         self.query, self.key, self.value, self.z_grid = query, key, value, z_grid
-        self._pattern = pattern
+        self._pattern, self._last_pattern = pattern, last_pattern
 
     @property
     def tokens(self) -> Tokens:
@@ -150,10 +157,17 @@ class HeadEvent:
             raise ValueError('event.pattern was not asked for: add "patterns" to the observer\'s needs')
         return self._pattern
 
+    @property
+    def last_pattern(self) -> Float[Tensor, "b a s"]:
+        """While a model generates: that of the query whose output is the next token."""
+        if self._last_pattern is None:
+            raise ValueError('event.last_pattern was not asked for: add "last_patterns" to the observer\'s needs')
+        return self._last_pattern
+
 
 @runtime_checkable
 class HeadObserver(Protocol):
-    """An observer of heads: it needs "heads" or "patterns". It may have `update` as well, for the experts."""
+    """An observer of heads: it needs "heads", "patterns" or "last_patterns". With `update`, of experts as well."""
 
     needs: frozenset[str]
 

@@ -31,7 +31,7 @@ OUTPUT_BYTES = 256 * 2**20
 """Memory for the slot outputs of one event; more tokens are served in chunks."""
 
 OBSERVED = "moestro_observed"
-HEAD_NEEDS = frozenset({"heads", "patterns"})
+HEAD_NEEDS = frozenset({"heads", "last_patterns", "patterns"})
 SLOT_NEEDS = frozenset({"maxima", "norms", "outputs"})
 _watched: dict[nn.Module, Callable[..., Tensor]] = {}
 """Experts modules whose slots are observed at this moment, by whatever thread runs them."""
