@@ -106,13 +106,32 @@ def bootstrap_totals(
 
 
 def difference(
-    treated: ArrayLike, control: ArrayLike, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+    treated: ArrayLike,
+    control: ArrayLike,
+    *,
+    paired: bool = True,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Interval:
-    """Mean of treated - control over the same units, with its paired bootstrap interval."""
+    """Mean of treated - control with its bootstrap interval: over the same units, or (`paired=False`) over others."""
     a, b = _finite(treated, control)
-    if len(a) != len(b):
-        raise ValueError(f"{len(a)} treated and {len(b)} control values; a paired difference needs the same units")
-    return bootstrap(a - b, level=level, resamples=resamples, seed=seed)
+    if paired:
+        if len(a) != len(b):
+            raise ValueError(f"{len(a)} treated and {len(b)} control values; a paired difference needs the same units")
+        return bootstrap(a - b, level=level, resamples=resamples, seed=seed)
+    values = np.concatenate([a, b])
+    treated_units = np.arange(len(values)) < len(a)
+    table = np.stack([values * treated_units, values * ~treated_units], axis=1)
+    (found,) = bootstrap_totals(
+        table,
+        lambda sums: (sums[:, 0] / len(a) - sums[:, 1] / len(b))[:, None],
+        groups=treated_units,
+        level=level,
+        resamples=resamples,
+        seed=seed,
+    )
+    return found
 
 
 def proportion(count: int, units: int, *, level: float = LEVEL) -> Interval:
@@ -179,6 +198,27 @@ def rank_correlation(
 
     interval = bootstrap(a, b, statistic=spearman, level=level, resamples=resamples, seed=seed)
     return interval, permutation_test(a, b, statistic="spearman", resamples=resamples, seed=seed)
+
+
+def largest_difference_test(
+    first: ArrayLike, second: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0
+) -> NDArray[np.float64]:
+    """One-sided p-values that the mean of column m is larger in `first` [n, M] than in `second` [k, M], all at once.
+
+    The family-wise error over the M columns is controlled, whatever their dependence: each difference is held against
+    the largest of all columns under exchanged labels (maxT, Westfall and Young 1993).
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
+        raise ValueError(f"tables of shapes {a.shape} and {b.shape}; give [n, M] and [k, M]")
+    both, rng = np.concatenate([a, b]), np.random.default_rng(seed)
+    _finite(both)
+    labels = np.tile(np.arange(len(both)) < len(a), (resamples, 1))
+    labels = rng.permuted(labels, axis=1)
+    weights = np.where(labels, 1 / len(a), -1 / len(b))
+    null = (weights @ both).max(axis=1)
+    measured = a.mean(axis=0) - b.mean(axis=0)
+    return (1 + (null[:, None] >= measured).sum(axis=0)) / (1 + resamples)
 
 
 def exceeds(measured: float, null: ArrayLike) -> float:

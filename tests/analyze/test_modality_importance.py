@@ -82,6 +82,8 @@ def test_a_margin_turns_guesses_into_misses() -> None:
     guessing = scores_of([[0.95, 0.25, 0.97], [0.3, 0.25, 0.9], [0.2, 0.3, 0.25], [0.9, 0.8, 0.95]])
     assert mi.question_types(guessing, margin=0.375) == ["video", mi.COMPLEMENTARY, mi.INCORRECT, mi.CORRECT]
     assert mi.question_types(guessing) == [mi.COMPLEMENTARY, mi.COMPLEMENTARY, "subtitle", mi.COMPLEMENTARY]
+    three = scores_of([[0.25, 0.22, 0.28, 0.5, 0.25, 0.25, 0.97], [0.99, 0.3, 0.2, 0.95, 0.99, 0.25, 0.98]], TRIO)
+    assert mi.question_types(three, margin=0.375) == [mi.COMPLEMENTARY, "video"]
     with pytest.raises(ValueError, match=r"margin=0.5"):
         mi.question_types(guessing, margin=0.5)
 

@@ -9,8 +9,9 @@ Of a question with sources m_1..m_k every non-empty subset S is asked, and its r
     agnostic         MIS_j = 0 for every j: correct where every c_S = 1, incorrect where every c_S = 0
 
 The singleton {m_j} is in neither mean, and so is the question without any source, which is asked beside them: answers
-that can be told from the question alone look agnostic. With graded scores, or sampled replies, |MIS| <= `margin` counts
-as 0, a score as 1 from 1 - margin and as 0 up to margin; a margin of 0 is the paper's.
+that can be told from the question alone look agnostic. With graded scores, or sampled replies, a score counts as 1 from
+1 - `margin` and as 0 up to margin, and MIS as 0 where |MIS| <= margin / (2^(K-1) - 1), which is what one subset of the
+mean can make of it; a margin of 0 is the paper's.
 
 "Assessing Modality Bias in Video Question Answering Benchmarks with Multimodal Large Language Models"
 (arXiv:2408.12763); margins, repeated questions and samples of the subsets are ours. Shapes: Q questions, K sources,
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import polars as pl
@@ -158,9 +160,10 @@ def question_types(scores: SubsetScores, *, margin: float = 0.0) -> list[str]:
     if not 0 <= margin < 0.5:
         raise ValueError(f"margin={margin}; it must be 0 or more and less than 0.5, where a score is neither 0 nor 1")
     importance = modality_importance(scores)
-    rounding = 1e-9  # of the means over subsets
-    importance = np.where(np.abs(importance) <= margin + rounding, 0.0, importance)
-    return [_type(row, c, scores.sources, margin + rounding) for row, c in zip(importance, scores.scores)]
+    margin += 1e-9  # rounding of the means over subsets
+    subsets = np.maximum(*(family.sum(axis=0) for family in _families(scores.members)))
+    importance = np.where(np.abs(importance) <= margin / subsets, 0.0, importance)
+    return [_type(row, c, scores.sources, margin) for row, c in zip(importance, scores.scores)]
 
 
 def _type(mis: Float[np.ndarray, " k"], c: Float[np.ndarray, " s"], sources: tuple[str, ...], margin: float) -> str:
@@ -280,7 +283,7 @@ class _Cache:
         self.scores: dict[Call, float] = {}
         self._path = None if path is None else Path(path)
         self._made = json.loads(json.dumps(made))
-        self._file = None
+        self._file: IO[str] | None = None
 
     def __enter__(self) -> _Cache:
         if self._path is not None:
