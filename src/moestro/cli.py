@@ -1,4 +1,4 @@
-"""The command line: `moestro fit`, `moestro papers`, `moestro reproduce`."""
+"""The command line, `moestro --help`: what each command does is in the room of its verb."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.table import Table
 
 from moestro.evidence.commands import papers, reproduce
 from moestro.evidence.league_command import league
+from moestro.looking.commands import look
+from moestro.steer.commands import generate, steer
 from moestro.train.commands import train
 
 app = typer.Typer(
@@ -99,6 +101,9 @@ def fit(
     console.print(f"\ncheckpoint  {target}\nreport      {target / 'report.html'}", highlight=False)
 
 
+app.command()(look)
+app.command()(generate)
+app.add_typer(steer, name="steer")
 app.command()(papers)
 app.command()(reproduce)
 app.command()(train)

@@ -127,11 +127,12 @@ def specialists(
     columns = torch.stack([profiles.counts[places[m][0]][:, places[m][1]] for m in best.tolist()], dim=1)
     intervals = _share_differences(profiles, columns, found.domains, own, seed=seed)
     null = found.null_difference[:, own].numpy()
-    return [
-        Specialist(*places[m], float(shares[own, m]), float(elsewhere[m]), interval, stats.exceeds(estimate, null))
-        for m, interval in zip(best.tolist(), intervals, strict=True)
-        for estimate in [interval.estimate]
-    ]
+    found_specialists = []
+    for m, interval in zip(best.tolist(), intervals, strict=True):
+        layer, expert = places[m]
+        p = stats.exceeds(interval.estimate, null)
+        found_specialists.append(Specialist(layer, expert, float(shares[own, m]), float(elsewhere[m]), interval, p))
+    return found_specialists
 
 
 def _share_differences(

@@ -7,21 +7,18 @@ names its hash); text that comes from models and users is escaped.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from moestro.report import figures
+from moestro.report.page import script, templates, visible, write_whole
 
 if TYPE_CHECKING:
     from moestro.fitting.result import DomainLoss, FitReport, LayerChoice, Sample
@@ -37,45 +34,19 @@ SALIENCIES = {
 }
 OPEN_SAMPLES = 6
 """Samples shown at once; the others unfold."""
-CONTROL = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
-"""Control characters, which HTML cannot hold, to the pictures of them."""
 
 
 def write_fit_page(report: FitReport, path: Path, *, checkpoint: str = ".") -> None:
     """Write the page to `path` at once or not at all. `checkpoint`: see `fit_page`."""
-    page = fit_page(report, checkpoint=checkpoint)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        draft.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(fit_page(report, checkpoint=checkpoint), path)
 
 
 def fit_page(report: FitReport, *, checkpoint: str = ".") -> str:
     """The page as a string. `checkpoint` is where the loading examples point: `.`, the folder the page lies in."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {
-        "size": figures.size_text,
-        "loss": figures.loss_text,
-        "signed": figures.signed,
-        "significant": figures.significant,
-        "percent": figures.percent_text,
-        "listing": figures.listing,
-        "ranges": figures.ranges,
-        "thousands": "{:,}".format,
-        "visible": visible,
-    }
-    script = Markup(templates.get_template("script.jinja").render())
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = templates()
+    own_script, digest = script(environment, "script.jinja")
     routed = routing(report)
-    return templates.get_template("fit_page.jinja").render(
+    return environment.get_template("fit_page.jinja").render(
         report=report,
         name=report.model.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] or report.model,
         cost=cost(report),
@@ -97,15 +68,10 @@ def fit_page(report: FitReport, *, checkpoint: str = ".") -> str:
         task_names=[d.domain for d in report.losses if d.task],
         loading=loading(checkpoint),
         loading_here=checkpoint == ".",
-        style=Markup(templates.get_template("style.jinja").render()),
-        script=script,
+        style=Markup(environment.get_template("style.jinja").render()),
+        script=own_script,
         script_hash=digest,
     )
-
-
-def visible(text: str) -> str:
-    """Text as it can stand in HTML: control characters become pictures of themselves."""
-    return text.replace("\r\n", "\n").translate(CONTROL)
 
 
 # ------------------------------------------------------------------------------------------------ what it cost

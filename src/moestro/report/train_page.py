@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from moestro.report.curves import Curve, chart
+from moestro.report.page import templates, write_whole
 
 Record = Mapping[str, Any]
 SHADES = (2, 6)
@@ -31,26 +30,15 @@ RUN = {
 
 def write_train_page(records: Sequence[Record], path: Path, *, name: str, facts: Mapping[str, str]) -> None:
     """Write the page to `path` at once or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        draft.write_text(train_page(records, name=name, facts=facts), encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(train_page(records, name=name, facts=facts), path)
 
 
 def train_page(records: Sequence[Record], *, name: str, facts: Mapping[str, str]) -> str:
     """The page as a string, of the records of metrics.jsonl."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     trained = [r for r in records if "loss" in r]
     held = [r for r in records if "heldout" in r]
-    return templates.get_template("train_page.jinja").render(
+    return environment.get_template("train_page.jinja").render(
         name=name,
         facts=facts,
         last=trained[-1] if trained else None,
@@ -60,7 +48,7 @@ def train_page(records: Sequence[Record], *, name: str, facts: Mapping[str, str]
         terms=_terms(trained),
         health=_health(trained),
         run=[(title, chart([_curve(title, trained, key)], zero=True)) for key, title in RUN.items()],
-        style=Markup(templates.get_template("style.jinja").render()),
+        style=Markup(environment.get_template("style.jinja").render()),
     )
 
 

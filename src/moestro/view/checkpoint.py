@@ -185,11 +185,15 @@ def write_beside(directory: Path, tokenizer: Any, original_experts: Mapping[int,
 
 
 @contextmanager
-def complete_directory(path: str | Path, *, overwrite: bool, size: int = 0) -> Iterator[Path]:
+def complete_directory(
+    path: str | Path, *, overwrite: bool, size: int = 0, known_by: str = "config.json", kind: str = "a checkpoint"
+) -> Iterator[Path]:
     """A directory to write into that appears at `path` when the block ends well, and not at all when it does not.
 
+    `known_by`: the file by which a directory of this `kind` is known, so that no other is overwritten.
+
     Raises:
-        FileExistsError: `path` is there and not to be overwritten, or it holds something else than a checkpoint.
+        FileExistsError: `path` is there and not to be overwritten, or it holds something of another kind.
         OSError: the disk cannot hold `size` bytes; checked before, and told clearly when it fills up on the way.
     """
     path = Path(path).absolute()
@@ -199,8 +203,8 @@ def complete_directory(path: str | Path, *, overwrite: bool, size: int = 0) -> I
         raise FileExistsError(f"{path} is a file, not a directory; choose another name")
     if Path.cwd().is_relative_to(path) or Path.home().is_relative_to(path):
         raise FileExistsError(f"{path} is not overwritten: all its other files would be lost; choose another directory")
-    if path.exists() and any(path.iterdir()) and not (path / "config.json").exists():
-        raise FileExistsError(f"{path} holds something else than a checkpoint; delete it or choose another directory")
+    if path.exists() and any(path.iterdir()) and not (path / known_by).exists():
+        raise FileExistsError(f"{path} holds something else than {kind}; delete it or choose another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if size > free:
