@@ -125,13 +125,22 @@ class RoutingRule:
             weights, indices = self._until(self.top_p, scores, choice)
             return Routing(logits, self._scaled(weights, indices.clamp(max=logits.shape[1] - 1)), indices)
         indices = torch.topk(choice, self.top_k, dim=-1, sorted=True).indices
+        null = indices >= logits.shape[1] - self.null_experts if self.null_experts else None
+        weights = self._weights(z, scores, indices, null)
+        return Routing(logits, weights, indices if null is None else indices.masked_fill(null, 0))
+
+    def weigh(self, logits: Float[Tensor, "n e"], indices: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Gate weights of experts chosen in another way than by top-k, as if the router had chosen these."""
+        z = logits.float() if self.fp32 else logits
+        return self._weights(z, SCORES[self.score](z), indices)
+
+    def _weights(self, z: Tensor, scores: Tensor, indices: Tensor, unused: Tensor | None = None) -> Tensor:
         weights = z.gather(1, indices).softmax(dim=-1) if self.softmax_of_chosen else scores.gather(1, indices)
-        if self.null_experts:
-            null = indices >= logits.shape[1] - self.null_experts
-            weights, indices = weights.masked_fill(null, 0.0), indices.masked_fill(null, 0)
+        if unused is not None:
+            weights, indices = weights.masked_fill(unused, 0.0), indices.masked_fill(unused, 0)
         if self.normalize and not self.softmax_of_chosen:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-        return Routing(logits, self._scaled(weights, indices), indices)
+        return self._scaled(weights, indices)
 
     def _scaled(self, weights: Tensor, indices: Tensor) -> Tensor:
         if self.scale != 1.0:

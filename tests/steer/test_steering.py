@@ -1,12 +1,16 @@
 """Steering files: what they hold, and the models they refuse."""
 
+import json
+
 import pytest
 import torch
 
 import moestro
 import tiny
 from moestro import ForceOn, Gain, LogitBias, Reselect, SwitchOff
-from moestro.steer.steering import Steering
+from moestro.steer.reroute import rank
+from moestro.steer.self_contrast import self_contrast
+from moestro.steer.steering import SelfContrast, Steering
 
 IDS = torch.randint(0, 131, (2, 7), generator=torch.Generator().manual_seed(3))
 EDITS = (
@@ -76,3 +80,38 @@ def test_broken_files_are_refused_by_name(view, tmp_path) -> None:
     setup.edits.append({"kind": "hypnosis"})
     with pytest.raises(ValueError, match="'hypnosis'; known kinds"):
         setup.build()
+
+
+def test_a_way_of_decoding_is_saved_with_the_edits(view, tmp_path) -> None:
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    mask = torch.ones_like(IDS)
+    with view.edits(*EDITS), self_contrast(view, rank(view, 3), beta=4.0) as processor:
+        contrasted = view.model.generate(IDS, attention_mask=mask, logits_processor=[processor], **options)
+    setup = Steering.of(view, *EDITS, decoding=SelfContrast(rank=3, beta=4.0))
+    setup = Steering.load(setup.save(tmp_path / "s.json"))
+    with setup.on(view) as processors:
+        found = view.model.generate(IDS, attention_mask=mask, logits_processor=processors, **options)
+    assert torch.equal(found, contrasted)
+    assert tiny.hooks_on(view.model) == 0
+    with Steering.of(view, *EDITS).on(view) as processors:
+        assert not processors
+        plain = view.model.generate(IDS, attention_mask=mask, logits_processor=processors, **options)
+    assert not torch.equal(found, plain)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("beta", -1), ("alpha", 0), ("rank", 0), ("gamma", 1), ("kind", "hypnosis")]
+)
+def test_broken_ways_of_decoding_are_refused_by_name(view, tmp_path, field: str, value: object) -> None:
+    path = Steering.of(view, decoding=SelfContrast()).save(tmp_path / "s.json")
+    content = json.loads(path.read_text())
+    content["decoding"][field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"s\.json is no steering file: decoding\.{field}"):
+        Steering.load(path)
+
+
+def test_a_rank_that_the_model_does_not_have_is_refused(view) -> None:
+    setup = Steering.of(view, decoding=SelfContrast(rank=9))
+    with pytest.raises(ValueError, match="k=9 in layer 1"), setup.on(view):
+        pass

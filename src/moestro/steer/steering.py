@@ -2,10 +2,11 @@
 
     steering = Steering.of(view, SwitchOff({(3, 7)}), learned_from="refusals.jsonl, 40 + 40 prompts")
     steering.save("no-refusals.json")
-    with Steering.load("no-refusals.json").on(view):      refuses another model
-        view.model.generate(...)
+    with Steering.load("no-refusals.json").on(view) as processors:      refuses another model
+        view.model.generate(..., logits_processor=processors)
 
-The file is JSON: a person can read what is changed, and change it.
+The file is JSON: a person can read what is changed, and change it. It can hold a way of decoding beside the edits, or
+alone: `Steering.of(view, decoding=SelfContrast(beta=0.3))`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from moestro.sets import by_layer, from_layers
+from moestro.steer import self_contrast
+from moestro.steer.reroute import rank
 from moestro.steer.router_steering import HardActivate, HardSuppress, SoftSteer
 from moestro.view.edit import Edit, ForceOn, Gain, LogitBias, SwitchOff
 
@@ -107,6 +111,21 @@ KINDS: dict[str, Kind] = {
 """What a steering file can hold. A new kind of edit is one entry."""
 
 
+class SelfContrast(BaseModel):
+    """Decoding by contrast with the router's `rank`-th choice alone (see steer/self_contrast.py)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["self_contrast"] = "self_contrast"
+    rank: int = Field(self_contrast.RANK, ge=1)
+    beta: float = Field(self_contrast.BETA, ge=0)
+    alpha: float = Field(self_contrast.ALPHA, gt=0, le=1)
+
+    def on(self, view: Any) -> AbstractContextManager[LogitsProcessor]:
+        """The processor. Raises ValueError for a rank that the model does not have."""
+        return self_contrast.self_contrast(view, rank(view, self.rank), beta=self.beta, alpha=self.alpha)
+
+
 class Steering(BaseModel):
     """Edits, where they come from, and the model they are for."""
 
@@ -114,17 +133,22 @@ class Steering(BaseModel):
     model: Fingerprint
     edits: list[dict[str, Any]]
     """{"kind": a name in KINDS, ...}"""
+    decoding: SelfContrast | None = None
+    """How tokens are chosen while generating; None: as the model's user says."""
     learned_from: str = ""
     note: str = ""
 
     @classmethod
-    def of(cls, view: Any, *edits: Edit, learned_from: str = "", note: str = "") -> Steering:
+    def of(
+        cls, view: Any, *edits: Edit, decoding: SelfContrast | None = None, learned_from: str = "", note: str = ""
+    ) -> Steering:
         """The setup of these edits on the view's model.
 
         Raises TypeError for an edit that no file can hold (one made of a function), ValueError for one of some rows.
         """
         written = json.loads(json.dumps([_dump(edit) for edit in edits]))  # as they are read back
-        return cls(model=Fingerprint.of(view), edits=written, learned_from=learned_from, note=note)
+        model = Fingerprint.of(view)
+        return cls(model=model, edits=written, decoding=decoding, learned_from=learned_from, note=note)
 
     def build(self) -> list[Any]:
         """The edits. Raises ValueError for a kind that this version does not know."""
@@ -139,11 +163,18 @@ class Steering(BaseModel):
             raise ValueError(f"this steering setup does not fit the model: {difference}; learn it anew on this model")
 
     @contextmanager
-    def on(self, view: Any) -> Iterator[None]:
-        """Steer the view's model inside the block. Raises ValueError for another model, before anything runs."""
+    def on(self, view: Any) -> Iterator[LogitsProcessorList]:
+        """Steer the view's model inside the block; gives the logits processors that `generate` is to be called with.
+
+        Raises ValueError for another model, before anything runs.
+        """
         self.check(view)
         with view.edits(*self.build()):
-            yield
+            if self.decoding is None:
+                yield LogitsProcessorList()
+            else:
+                with self.decoding.on(view) as processor:
+                    yield LogitsProcessorList([processor])
 
     def save(self, path: str | Path) -> Path:
         """Write the file, by way of a temporary name."""
