@@ -68,6 +68,30 @@ def test_exceeds_counts_the_measured_draw_itself() -> None:
     assert stats.exceeds(2.5, [1, 2, 3, 4]) == pytest.approx(3 / 5)
 
 
+def test_the_difference_of_other_units_has_the_interval_of_two_means() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(1.0, 1.0, 400), rng.normal(0.0, 2.0, 100)
+    found = stats.difference(a, b, paired=False)
+    assert found.estimate == pytest.approx(a.mean() - b.mean())
+    spread = np.sqrt(a.var() / 400 + b.var() / 100)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.15)
+
+
+def test_the_largest_of_many_differences_is_held_against_the_largest_by_chance() -> None:
+    rng = np.random.default_rng(4)
+    smallest = []
+    for _ in range(100):
+        smallest.append(stats.largest_difference_test(rng.normal(size=(10, 30)), rng.normal(size=(8, 30))).min())
+    assert 0.4 < np.mean(smallest) < 0.6  # the best of 30 columns of noise: uniform, not near 0
+    first, second = rng.normal(size=(20, 30)), rng.normal(size=(20, 30))
+    first[:, 7] += 3
+    p = stats.largest_difference_test(first, second)
+    assert p[7] < 0.01
+    assert (np.delete(p, 7) > 0.01).all()
+    with pytest.raises(ValueError, match=r"give \[n, M\] and \[k, M\]"):
+        stats.largest_difference_test(first, second[:, :3])
+
+
 def test_corrections_of_many_tests() -> None:
     assert stats.corrected([0.01, 0.04, 0.03], "holm") == pytest.approx([0.03, 0.06, 0.06])
     assert stats.corrected([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
