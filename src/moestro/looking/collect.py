@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from moestro.analyze.co_activation import CoActivation, Together
+from moestro.analyze.expert_cache import Requests, RoutedTexts
 from moestro.analyze.profiles import Profiles, TextProfiles
 from moestro.data import TokenBatches
 from moestro.view.events import MoEEvent
+
+REQUEST_TOKENS = 200_000
+"""About as many tokens are kept with their experts in order; of more data, every so many-th text."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Collected:
     seconds: float
     profiles: Profiles
     together: Together
+    requests: Requests
+    """Of some of the texts."""
 
     @property
     def sizes(self) -> dict[int, int]:
@@ -61,6 +67,7 @@ def collect(
     observers = {
         "profiles": TextProfiles({layer.index: layer.rule for layer in view.layers}),
         "together": CoActivation(),
+        "requests": RoutedTexts(every=max(1, batches.num_tokens // REQUEST_TOKENS)),
     }
     start = time.perf_counter()
     found = view.observe(

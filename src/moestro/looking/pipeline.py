@@ -23,6 +23,7 @@ from moestro.fitting.pipeline import MAX_LENGTH, open_model
 from moestro.looking.collect import Collected, collect
 from moestro.looking.domains import specialisation_section
 from moestro.looking.load import load_section, load_table, profile_section
+from moestro.looking.locality import locality_section
 from moestro.looking.pairs import pairs_section
 from moestro.looking.result import LookReport, Section
 from moestro.report import write_look_page
@@ -129,6 +130,7 @@ def conclude(model: Any, seen: Collected) -> LookReport:
         load_section(seen),
         specialisation_section(seen),
         pairs_section(seen),
+        locality_section(seen),
         profile_section(seen),
     ]
     path = model if isinstance(model, str | Path) else getattr(view.model.config, "_name_or_path", "")
