@@ -93,6 +93,10 @@ class Edit(RowChoice):
         return type(self).logits is not Edit.logits
 
     @property
+    def changes_routing(self) -> bool:
+        return self.reads_batch or type(self).routing is not Edit.routing
+
+    @property
     def reads_batch(self) -> bool:
         return type(self).routing_at is not Edit.routing_at
 
@@ -125,12 +129,19 @@ class OnExperts(Edit):
 
     def __post_init__(self) -> None:
         self.ids = _by_layer(self.experts)
+        self._columns = {layer: torch.tensor(ids) for layer, ids in self.ids.items()}
 
     def layers(self) -> Collection[int]:
         return self.ids
 
     def check(self, layer: MoELayer) -> None:
         _check_ids(layer, self.ids[layer.index])
+
+    def columns(self, layer: int, logits: Tensor) -> Tensor:
+        """The layer's experts on the device of the logits, where they stay for the tokens to come."""
+        if self._columns[layer].device != logits.device:
+            self._columns[layer] = self._columns[layer].to(logits.device)
+        return self._columns[layer]
 
 
 @dataclass(eq=False)
@@ -158,8 +169,7 @@ class SwitchOff(OnExperts):
                 )
 
     def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
-        columns = torch.tensor(self.ids[layer], device=logits.device)
-        return logits.index_fill(1, columns, float("-inf")), prefer
+        return logits.index_fill(1, self.columns(layer, logits), float("-inf")), prefer
 
 
 @dataclass(eq=False)
@@ -184,7 +194,7 @@ class ForceOn(OnExperts):
                 )
 
     def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
-        columns = torch.tensor(self.ids[layer], device=logits.device)
+        columns = self.columns(layer, logits)
         top = logits.amax(dim=1, keepdim=True).expand(-1, len(columns))
         return logits.index_copy(1, columns, top), prefer.index_fill(1, columns, float("inf"))
 
@@ -240,24 +250,32 @@ class Gain(Edit):
 
     def __post_init__(self) -> None:
         self.ids = _by_layer(self.gains)
+        self._tables: dict[int, Tensor] = {}
 
     def layers(self) -> Collection[int]:
         return self.ids
 
     def check(self, layer: MoELayer) -> None:
         _check_ids(layer, self.ids[layer.index])
+        table = torch.ones(layer.num_experts + 1)
+        for expert in self.ids[layer.index]:
+            table[expert] = self.gains[layer.index, expert]
+        self._tables[layer.index] = table
 
     def routing(self, layer: int, routing: Routing) -> Routing:
-        size = max(self.ids[layer][-1] + 1, int(routing.indices.max()) + 1 if routing.indices.numel() else 0)
-        table = torch.ones(size, dtype=routing.weights.dtype)
-        for expert in self.ids[layer]:
-            table[expert] = self.gains[layer, expert]
-        weights = routing.weights * table.to(routing.weights.device)[routing.indices]
+        weights = routing.weights * self._table(layer, routing.weights)[routing.indices]
         if self.renormalize:
             total = weights.sum(dim=-1, keepdim=True)
             kept = routing.weights.sum(dim=-1, keepdim=True) / torch.where(total == 0, 1.0, total)
             weights = weights * kept
         return routing._replace(weights=weights)
+
+    def _table(self, layer: int, weights: Tensor) -> Tensor:
+        """Gain of every expert, and of the index after the last that unused slots may have."""
+        table = self._tables[layer]
+        if (table.device, table.dtype) != (weights.device, weights.dtype):
+            table = self._tables[layer] = table.to(weights)
+        return table
 
 
 @dataclass(eq=False)

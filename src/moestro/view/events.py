@@ -103,14 +103,12 @@ class Batch:
         return cls(shape, Tokens(sample, position, ids, domain, domains), kept, before, real)
 
     @classmethod
-    def of_forward(cls, kwargs: Mapping[str, Any]) -> Batch | None:
-        """From the arguments of a decoder's forward; None where they do not tell."""
+    def of_forward(cls, kwargs: Mapping[str, Any], before: int) -> Batch | None:
+        """From the arguments of a decoder's forward and the number of cached tokens; None where they do not tell."""
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given = ids if ids is not None else embeds
         if given is None or given.dim() < 2:
             return None
-        cache = kwargs.get("past_key_values")
-        before = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Mapping):  # one for each kind of attention
             mask = mask.get("full_attention", next(iter(mask.values())))
@@ -120,6 +118,11 @@ class Batch:
             return None
         start = before if mask is None else 0
         return cls.of((given.shape[0], given.shape[1]), ids=ids, mask=mask, start=start, before=before)
+
+
+def cached_tokens(cache: Any) -> int:
+    """Tokens in a KV cache; 0 where it is None, or does not tell."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def _real_tokens(mask: Shaped[Tensor, "b h t s"], before: int, length: int) -> Bool[Tensor, "b n"]:

@@ -1,8 +1,9 @@
 """The hooks of an open model: there while an edit or an observer is active, gone afterwards.
 
 One hook on each router runs the edits and remembers the logits; one on each experts module hands events to the
-observers. Observers that ask for slot norms or outputs are served by the `moestro` experts backend, which has each
-slot's output at hand, so nothing is computed twice.
+observers. A layer that no edit acts on has none: a hook costs time at every token that is generated. Observers that
+ask for slot norms or outputs are served by the `moestro` experts backend, which has each slot's output at hand, so
+nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -20,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.routing import Routing
 from moestro.view.edit import Edit, ForceOn, SwitchOff
-from moestro.view.events import NEEDS, Batch, MoEEvent, Observer
+from moestro.view.events import NEEDS, Batch, MoEEvent, Observer, cached_tokens
 from moestro.view.experts_backend import experts_forward
 from moestro.view.head_taps import HeadTaps
 from moestro.view.heads import AnyObserver, HeadEdit
@@ -54,22 +55,48 @@ def _where(rows: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(rows, new.to(old.dtype), old)
 
 
+def _like(new: Tensor, old: Tensor) -> Tensor:
+    """`new` [N, K'] in the type of `old` [..., K], and in its shape but for the number of slots, which edits change."""
+    if new.dtype != old.dtype:
+        new = new.to(old.dtype)
+    return new if old.dim() == 2 else new.reshape(*old.shape[:-1], new.shape[-1])
+
+
+class _Acting(NamedTuple):
+    """The edits of one layer, in order, by what they act on; told apart once, not at every token."""
+
+    on_logits: list[Edit]
+    on_routing: list[Edit]
+    on_output: list[Edit]
+
+    @classmethod
+    def of(cls, edits: Sequence[Edit], layer: int) -> _Acting:
+        here = [e for e in edits if (chosen := e.layers()) is None or layer in chosen]
+        return cls(
+            [e for e in here if e.changes_logits],
+            [e for e in here if e.changes_routing],
+            [e for e in here if e.changes_output],
+        )
+
+
 class Taps:
     """Edits and observers of one open model, and the hooks that serve them."""
 
     def __init__(self, layers: Sequence[MoELayer], stack: nn.Module):
         self.layers, self.stack = layers, stack
-        self.heads = HeadTaps(stack, lambda: self._batch)
+        self.heads = HeadTaps(stack, lambda: self.batch)
         self._by_index = {layer.index: layer for layer in layers}
         self._edits: list[Edit] = []
+        self._acting = {layer.index: _Acting.of((), layer.index) for layer in layers}
         self._observers: list[Observer] = []
         self._needs: frozenset[str] = frozenset()
         self._batch: Batch | None = None
+        self._read_batch: Callable[[], Batch | None] | None = None
         self._routed: dict[int, Routing] = {}
         self._normed: dict[int, list[tuple[ref[Tensor], Tensor, Tensor]]] = {}
         self._parts: dict[int, list[tuple[ref[Tensor], bool]]] = {}
         self._residual: dict[int, Tensor] = {}
-        self._hooks: list[Any] = []
+        self._hooks: dict[tuple[int, str], Any] = {}
         self._replaced_args: tuple[Tensor, ...] | None = None
         self._given = False
         self._depth = 0
@@ -82,6 +109,8 @@ class Taps:
     @property
     def batch(self) -> Batch | None:
         """The batch of the forward pass under way; None between passes, and where nothing tells it."""
+        if self._read_batch is not None:
+            self._batch, self._read_batch = self._read_batch(), None
         return self._batch
 
     @contextmanager
@@ -97,9 +126,14 @@ class Taps:
             undo.enter_context(self._installed())
             if of_heads:
                 undo.enter_context(self.heads.editing(of_heads))
-            undo.callback(setattr, self, "_edits", before)
-            self._edits = before + of_experts
+            undo.callback(self._act, before)
+            self._act(before + of_experts)
             yield
+
+    def _act(self, edits: list[Edit]) -> None:
+        """Let these edits, and no others, be in force."""
+        self._edits, self._acting = edits, {index: _Acting.of(edits, index) for index in self._by_index}
+        self._hang()
 
     def _check(self, edit: Edit) -> None:
         chosen = edit.layers()
@@ -148,17 +182,19 @@ class Taps:
             if "residual" in needs:
                 self._watch_norms(undo)
             self._observers, self._needs = [o for o in observers if isinstance(o, Observer)], needs
+            self._hang()
             yield
 
     def _forget(self) -> None:
         self._observers, self._needs = [], frozenset()
+        self._hang()
         for memory in (self._routed, self._normed, self._parts, self._residual):
             memory.clear()
 
     @contextmanager
     def on_batch(self, batch: Batch) -> Iterator[None]:
         """Say where the tokens of the next forward pass come from; else the decoder's arguments tell."""
-        self._batch, self._given = batch, True
+        self._batch, self._read_batch, self._given = batch, None, True
         try:
             yield
         finally:
@@ -166,76 +202,90 @@ class Taps:
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
-        if self._depth == 0:
-            self._hooks = [self.stack.register_forward_pre_hook(self._on_stack, with_kwargs=True)]
-            for layer in self.layers:
-                self._hooks += [
-                    layer.router.register_forward_hook(partial(self._on_router, layer), with_kwargs=True),
-                    layer.experts.register_forward_pre_hook(partial(self._before_experts, layer)),
-                    layer.experts.register_forward_hook(partial(self._on_experts, layer)),
-                ]
         self._depth += 1
+        self._hang()
         try:
             yield
         finally:
             self._depth -= 1
+            self._hang()
             if self._depth == 0:
-                for hook in self._hooks:
-                    hook.remove()
-                self._hooks = []
-                self._batch = None
+                self._batch = self._read_batch = None
+
+    def _hang(self) -> None:
+        """Hang the hooks that the edits and observers of this moment need, and take off the others."""
+        self._replaced_args = None  # of a pass that failed
+        wanted: dict[tuple[int, str], Callable[[], Any]] = {}
+        if self._depth:
+            wanted[-1, "stack"] = partial(self.stack.register_forward_pre_hook, self._on_stack, with_kwargs=True)
+        for layer in self.layers if self._depth else ():
+            acting = self._acting[layer.index]
+            if self._observers or acting.on_logits or acting.on_routing:
+                hook: Any = partial(self._on_router, layer)
+                wanted[layer.index, "router"] = partial(layer.router.register_forward_hook, hook, with_kwargs=True)
+            if acting.on_output:
+                hook = partial(self._before_experts, layer)
+                wanted[layer.index, "before"] = partial(layer.experts.register_forward_pre_hook, hook)
+            if self._observers or acting.on_output:
+                hook = partial(self._on_experts, layer)
+                wanted[layer.index, "experts"] = partial(layer.experts.register_forward_hook, hook)
+        for place in self._hooks.keys() - wanted.keys():
+            self._hooks.pop(place).remove()
+        for place, register in wanted.items():
+            if place not in self._hooks:
+                self._hooks[place] = register()
 
     # What the hooks do
 
     def _on_stack(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._given:
-            names = ("input_ids", "attention_mask")
-            self._batch = Batch.of_forward(dict(zip(names, args)) | kwargs)
+            given = dict(zip(("input_ids", "attention_mask"), args)) | kwargs
+            before = cached_tokens(given.pop("past_key_values", None))  # the pass is about to fill it
+            self._batch, self._read_batch = None, partial(Batch.of_forward, given, before)
 
     def _on_router(self, layer: MoELayer, router: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        edits = [e for e in self._edits if (chosen := e.layers()) is None or layer.index in chosen]
         if "residual" in self._needs:
             self._residual[layer.index] = self._stream(layer, args[0] if args else next(iter(kwargs.values())))
-        if not edits and not self._observers:
-            return None
-        logits, weights, indices = (t.reshape(-1, t.shape[-1]) for t in out[:3])
-        routing = Routing(logits, weights, indices)
-        if layer.rule is not None:
-            routing = routing._replace(logits=logits_of(layer.rule, logits))
-        edited = self._edited(layer, routing, edits)
+        rule = layer.rule
+        routing = Routing(*out[:3])
+        if routing.logits.dim() != 2:
+            routing = Routing(*(t.reshape(-1, t.shape[-1]) for t in routing))
+        if rule is not None:
+            routing = routing._replace(logits=logits_of(rule, routing.logits))
+        edited = self._edited(layer, routing)
         if self._observers:
             self._routed[layer.index] = edited
         if edited is routing:
             return None
-        returned = edited.logits.softmax(-1) if layer.rule and layer.rule.returns_probabilities else edited.logits
-        new = (returned, edited.weights, edited.indices)
-        # an edit may change the number of slots
-        return (*(n.to(o.dtype).reshape(*o.shape[:-1], n.shape[-1]) for n, o in zip(new, out[:3])), *out[3:])
+        if rule is not None and rule.returns_probabilities:
+            edited = edited._replace(logits=edited.logits.softmax(-1))
+        return (*(_like(new, old) for new, old in zip(edited, out[:3])), *out[3:])
 
-    def _edited(self, layer: MoELayer, routing: Routing, edits: list[Edit]) -> Routing:
-        on_logits = [e for e in edits if e.changes_logits]
-        if on_logits:
+    def _edited(self, layer: MoELayer, routing: Routing) -> Routing:
+        acting = self._acting[layer.index]
+        if acting.on_logits:
             assert layer.rule is not None
-            logits, prefer = routing.logits, torch.zeros_like(routing.logits)
-            masks = [self._rows(edit, layer, logits) for edit in on_logits]
-            for edit, rows in zip(on_logits, masks):
+            logits, nothing = routing.logits, torch.zeros_like(routing.logits)
+            prefer, everywhere, somewhere = nothing, False, []
+            for edit in acting.on_logits:
+                rows = self._rows(edit, layer, logits)
                 new_logits, new_prefer = edit.logits(layer.index, logits, prefer)
-                logits = _where(rows, new_logits, logits)
-                prefer = _where(rows, new_prefer, prefer)
-            again = layer.rule(logits, prefer)
-            given = [rows for rows in masks if rows is not None]
-            touched = None if len(given) < len(masks) else torch.stack(given).any(dim=0)
+                logits, prefer = _where(rows, new_logits, logits), _where(rows, new_prefer, prefer)
+                if rows is None:
+                    everywhere = True
+                else:
+                    somewhere.append(rows)
+            again = layer.rule(logits, None if prefer is nothing else prefer)
             # rows that no edit names keep their very own routing
-            weights, indices = (_where(touched, n, o) for n, o in zip(again[1:], routing[1:]))
-            routing = Routing(logits, weights, indices)
-        for edit in edits:
+            touched = None if everywhere else torch.stack(somewhere).any(dim=0)
+            routing = Routing(logits, *(_where(touched, n, o) for n, o in zip(again[1:], routing[1:])))
+        for edit in acting.on_routing:
             new = edit.routing(layer.index, routing)
             if edit.reads_batch:
                 new = edit.routing_at(layer.index, new, self._batch_for(layer, len(new.logits)))
             if new is not routing:
                 rows = self._rows(edit, layer, new.logits)
-                weights, indices = (_where(rows, n, o) for n, o in zip(new[1:], routing[1:]))
-                routing = Routing(new.logits, weights, indices)
+                routing = Routing(new.logits, *(_where(rows, n, o) for n, o in zip(new[1:], routing[1:])))
         return routing
 
     def _rows(self, edit: Edit, layer: MoELayer, tokens: Tensor) -> Tensor | None:
@@ -246,18 +296,16 @@ class Taps:
         return edit.row_mask(rows).repeat_interleave(length).unsqueeze(1).to(tokens.device)
 
     def _batch_for(self, layer: MoELayer, tokens: int) -> Batch:
-        if self._batch is None or self._batch.shape[0] * self._batch.shape[1] != tokens:
+        batch = self.batch
+        if batch is None or batch.shape[0] * batch.shape[1] != tokens:
             raise RuntimeError(
                 f"{layer.name} got {tokens} tokens, and the batch is "
-                f"{'unknown' if self._batch is None else self._batch.shape}: rows and positions cannot be told"
+                f"{'unknown' if batch is None else batch.shape}: rows and positions cannot be told"
             )
-        return self._batch
-
-    def _replacing(self, layer: MoELayer) -> list[Edit]:
-        return [e for e in self._edits if e.changes_output and ((c := e.layers()) is None or layer.index in c)]
+        return batch
 
     def _before_experts(self, layer: MoELayer, experts: nn.Module, args: tuple[Tensor, ...]) -> Any:
-        whole = any(e.rows is None and not e.uses_output for e in self._replacing(layer))
+        whole = any(e.rows is None and not e.uses_output for e in self._acting[layer.index].on_output)
         skip = whole and not self._needs & SLOT_NEEDS
         self._replaced_args = args if skip else None
         return tuple(t[:0] for t in args) if skip else None  # nobody sees the output: compute none of it
@@ -265,7 +313,7 @@ class Taps:
     def _on_experts(self, layer: MoELayer, experts: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Any:
         original, self._replaced_args = self._replaced_args or args, None
         hidden, indices, weights = original
-        replacing = self._replacing(layer)
+        replacing = self._acting[layer.index].on_output
         combined = out if len(out) == len(hidden) else torch.zeros_like(hidden)
         for edit in replacing:
             new = edit.output(layer.index, hidden, Routing(weights, weights, indices), combined)
