@@ -11,15 +11,8 @@ from torch.testing import assert_close
 import moestro
 import tiny
 from moestro import SwitchOff
-from moestro.steer.pathway_edit import (
-    Answered,
-    LastTokenPathways,
-    PathwayEdit,
-    edit_of,
-    judge,
-    read,
-    rules_of,
-)
+from moestro.steer.answers import Answered, judge
+from moestro.steer.pathway_edit import LastTokenPathways, PathwayEdit, edit_of, read, rules_of
 from moestro.steer.pathway_references import (
     Neighbours,
     References,
@@ -164,7 +157,7 @@ def test_every_prompt_of_a_batch_is_generated_as_alone(options: dict[str, Any]) 
     together = generate(view, found, **options)
     plain = found_alone = 0
     for row, prompt in enumerate(PROMPTS):
-        with view.edits(found.edit(view, slice(row, row + 1))):
+        with view.edits(found.edit(slice(row, row + 1))):
             alone = view.model.generate(torch.tensor([prompt]), do_sample=False, **options)[:, len(prompt) :]
         found_alone += bool(torch.equal(alone[0], together[row]))
         unsteered = view.model.generate(torch.tensor([prompt]), do_sample=False, **options)[:, len(prompt) :]
@@ -455,12 +448,12 @@ def test_the_oracle_lowers_the_loss_on_the_answers_and_is_judged_by_the_hard_cho
         ]
     ).all(dim=0)
     assert 0 < same.sum() < len(same)
-    judged = judge(view, PROMPTS, answers, found, **QUIET).loss
+    judged = found.judge(view, answers, **QUIET).loss
     assert_close(judged[same], found.losses[same, -1], **FP32)
     assert not torch.allclose(judged[~same], found.losses[~same, -1])
     assert_close(judge(view, PROMPTS, answers, **QUIET).loss, found.losses[:, 0], **FP32)
-    with pytest.raises(ValueError, match="found for other prompts"):
-        judge(view, PROMPTS[::-1], answers, found, **QUIET)
+    with pytest.raises(ValueError, match="8 prompts and 7 answers"):
+        found.judge(view, answers[:7])
 
 
 def test_requests_that_cannot_be_met_are_refused_before_work_starts(known: Any, tmp_path) -> None:

@@ -34,7 +34,7 @@ import moestro.view.open as opening
 from moestro.data import tasks
 from moestro.evidence.base import Claim, Evidence, Rows, ratio
 from moestro.stats import Interval, difference
-from moestro.steer.pathway_edit import Judged, frozen, judge, padded
+from moestro.steer.answers import Judged, frozen, judge, padded
 from moestro.steer.pathway_references import Neighbours, References, collect, nearest, random_neighbours
 from moestro.steer.pathways import kernel_regression, mode_finding, neighbourhood_descent, oracle
 from moestro.view.observe import progress_bar
@@ -46,10 +46,9 @@ CLAIM = (
     "questions, whose answers are known, makes a mixture-of-experts model's answers better without touching a weight."
 )
 SOURCES = (
-    *(f"steer/{name}.py" for name in ("pathways", "pathway_references", "pathway_edit")),
+    *(f"steer/{name}.py" for name in ("pathways", "pathway_references", "pathway_edit", "answers")),
     "data/tasks.py",
     "evidence/base.py",
-    "stats.py",
     "bundled/quartet/model.safetensors",
 )
 QUICK = {"draws": 1, "asked": 120, "tested": 30, "tuning_steps": 10}
@@ -166,22 +165,22 @@ def _methods(
     yield SOFT, _tuned(view, references, test, *soft_prompt(view, draw), steps=tuning_steps, seed=draw)
     yield PREFIX, _tuned(view, references, test, *prefix(view, draw), steps=tuning_steps, seed=draw)
     shifted = mode_finding(view, references, prompts, scope="prompt")
-    yield MODE, judge(view, prompts, answers, shifted, **quiet)
+    yield MODE, shifted.judge(view, answers, **quiet)
     mixed = kernel_regression(view, references, prompts, near, scope="prompt", **quiet)
-    yield KERNEL, judge(view, prompts, answers, mixed, **quiet)
+    yield KERNEL, mixed.judge(view, answers, **quiet)
     descended = neighbourhood_descent(view, references, prompts, near, scope="prompt", **quiet)
     before, after = descended.losses[:, 0], descended.losses[:, -1]
     for when, loss in (("before", before), ("after", after)):
         rows.add(SURROGATE, {"step": when}, float(loss.mean()))
     falls.append(ratio(float(before.mean() - after.mean()), float(before.mean())))
-    yield DESCENT, judge(view, prompts, answers, descended, **quiet)
+    yield DESCENT, descended.judge(view, answers, **quiet)
     others = random_neighbours(references, len(prompts), seed=draw)
     elsewhere = neighbourhood_descent(view, references, prompts, others, scope="prompt", **quiet)
-    yield RANDOM, judge(view, prompts, answers, elsewhere, **quiet)
+    yield RANDOM, elsewhere.judge(view, answers, **quiet)
     everywhere = neighbourhood_descent(view, references, prompts, near, scope="decode", **quiet)
-    yield DECODE, judge(view, prompts, answers, everywhere, **quiet)
+    yield DECODE, everywhere.judge(view, answers, **quiet)
     best = oracle(view, prompts, answers, scope="prompt", **quiet)
-    yield ORACLE, judge(view, prompts, answers, best, **quiet)
+    yield ORACLE, best.judge(view, answers, **quiet)
 
 
 def _shown(view: Any, references: References, near: Neighbours, row: int, prompt: list[int]) -> list[int]:

@@ -13,29 +13,23 @@ groups, bias, normalisation and scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from moestro.routing import SCORES, Routing, RoutingRule
+from moestro.steer.answers import BATCH, Judged, Prompt, by_length, judge, padded, token_ids
 from moestro.view.edit import Edit
 from moestro.view.events import Batch, MoEEvent
 from moestro.view.layers import MoELayer
-from moestro.view.observe import progress_bar
 
 Scope = Literal["prompt", "decode"]
 """Which tokens a pathway routes: the last of the prompt, or this one and all that are generated after it."""
-Prompt = str | Sequence[int]
-"""A text, for the view's tokenizer, or token ids."""
-
-BATCH = 16
 LEAST = 1e-20  # a score of zero has no logit
 
 INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -218,76 +212,6 @@ class LastTokenPathways:
         return {layer: torch.stack([found[s][1] for s in sorted(found)]) for layer, found in self._found.items()}
 
 
-def token_ids(view: Any, prompts: Sequence[Prompt], *, special: bool = True) -> list[list[int]]:
-    """Ids of every prompt. Raises ValueError for one without a token, or texts where the view has no tokenizer."""
-    if any(isinstance(p, str) for p in prompts) and view.tokenizer is None:
-        raise ValueError("the model was opened without a tokenizer: give token ids, or moestro.open(..., tokenizer=)")
-    found = [
-        view.tokenizer(p, add_special_tokens=special, verbose=False)["input_ids"]
-        if isinstance(p, str)
-        else [*map(int, p)]
-        for p in prompts
-    ]
-    if empty := [number for number, ids in enumerate(found) if not ids]:
-        raise ValueError(f"text {empty[0]} of {len(found)} holds no token")
-    return found
-
-
-def padded(rows: Sequence[Sequence[int]], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    """(ids, mask) [B, T] of rows of different lengths."""
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for number, row in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[number, place], mask[number, place] = torch.tensor(row), 1
-    return ids, mask
-
-
-class Answered:
-    """Prompts and their answers, ready to be tried with one pathway after another.
-
-    No pathway changes what comes before the last prompt token, so this is run once and kept as a KV cache; a try runs
-    that token and the answer alone. Prompts are padded on the left and answers on the right.
-    """
-
-    def __init__(self, view: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]):
-        self.view = view
-        self.lengths = torch.tensor([len(p) for p in prompts])
-        (before, before_mask), (after, after_mask) = padded(prompts, "left"), padded(answers, "right")
-        device = view.device
-        ids, mask = torch.cat([before, after], dim=1), torch.cat([before_mask, after_mask], dim=1)
-        position = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        self._start = before.shape[1] - 1
-        self._mask = mask[:, :-1].to(device)
-        self._inputs = ids[:, self._start : -1].to(device)
-        self._position = position[:, self._start : -1].to(device)
-        self._target = after.to(device)
-        self._real = after_mask.bool().to(device)
-        self._cache: Any = None
-        if self._start:
-            with torch.no_grad():
-                self._cache = view.stack(
-                    input_ids=ids[:, : self._start].to(device),
-                    attention_mask=self._mask[:, : self._start],
-                    position_ids=position[:, : self._start].to(device),
-                    use_cache=True,
-                ).past_key_values
-
-    def losses(self, *edits: Edit) -> tuple[Float[Tensor, " b"], Bool[Tensor, " b"]]:
-        """(mean loss of each answer's tokens, whether greedy decoding would give the answer) under the edits."""
-        with self.view.edits(*edits):
-            logits = self.view.model(
-                input_ids=self._inputs,
-                attention_mask=self._mask,
-                position_ids=self._position,
-                past_key_values=deepcopy(self._cache),  # the model appends to what it is given
-                use_cache=self._cache is not None,
-            ).logits.float()
-        loss = F.cross_entropy(logits.transpose(1, 2), self._target, reduction="none") * self._real
-        right = ((logits.argmax(dim=2) == self._target) | ~self._real).all(dim=1)
-        return (loss.sum(dim=1) / self._real.sum(dim=1)).cpu(), right.cpu()
-
-
 @dataclass(eq=False)
 class Pathways:
     """What was found for S prompts."""
@@ -298,35 +222,18 @@ class Pathways:
     initial: dict[int, Float[Tensor, "s _"]]
     """As the model itself routed."""
     scope: Scope
+    rules: dict[int, RoutingRule] = field(repr=False)
     losses: Float[Tensor, "s t"]
     """The surrogate at every step, the first before any; of kernel regression, at every mix; of mode finding, none."""
 
-    def edit(self, view: Any, rows: slice = slice(None)) -> PathwayEdit:
+    def edit(self, rows: slice = slice(None)) -> PathwayEdit:
         """The edit that routes a batch of these prompts, or of some of them, by what was found."""
         lengths = torch.tensor([len(p) for p in self.prompts[rows]])
-        return edit_of(view, {layer: o[rows] for layer, o in self.omega.items()}, lengths, self.scope)
+        return PathwayEdit({layer: o[rows] for layer, o in self.omega.items()}, self.rules, lengths, self.scope)
 
-
-class Judged(NamedTuple):
-    """Known answers under some routing."""
-
-    loss: Float[Tensor, " s"]
-    """Mean over each answer's tokens, nats."""
-    right: Bool[Tensor, " s"]
-    """Whether greedy decoding gives the answer."""
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Within the block no parameter asks for a gradient, so none is worked out below the first layer that is edited."""
-    asking = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in asking:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
+    def judge(self, view: Any, answers: Sequence[Prompt], *, batch_size: int = BATCH, progress: bool = True) -> Judged:
+        """The prompts' known answers by what was found. Without: `answers.judge(view, prompts, answers)`."""
+        return judge(view, self.prompts, answers, self.edit, batch_size=batch_size, progress=progress)
 
 
 def read(
@@ -340,42 +247,3 @@ def read(
         batches.append({"input_ids": batch, "attention_mask": mask, "sample": torch.tensor(rows)})
     observer = LastTokenPathways(rules_of(view))
     return view.observe(batches, [observer], progress=progress, description="pathways")[0]
-
-
-@torch.no_grad()
-def judge(
-    view: Any,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Prompt],
-    found: Pathways | None = None,
-    *,
-    batch_size: int = BATCH,
-    progress: bool = True,
-) -> Judged:
-    """The answers' losses and whether they are given, by the pathways found or as the model is."""
-    asked, known = pairs(view, prompts, answers)
-    if found is not None and found.prompts != asked:
-        raise ValueError("these pathways were found for other prompts; give the same, in the same order")
-    losses, right = [], []
-    with progress_bar(progress) as bar:
-        task = bar.add_task("answers", total=len(asked))
-        for start in range(0, len(asked), batch_size):
-            rows = slice(start, start + batch_size)
-            edits = [] if found is None else [found.edit(view, rows)]
-            loss, hit = Answered(view, asked[rows], known[rows]).losses(*edits)
-            losses.append(loss)
-            right.append(hit)
-            bar.advance(task, len(loss))
-    return Judged(torch.cat(losses), torch.cat(right))
-
-
-def pairs(view: Any, prompts: Sequence[Prompt], answers: Sequence[Prompt]) -> tuple[list[list[int]], list[list[int]]]:
-    if len(prompts) != len(answers) or not len(prompts):
-        raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers; give one answer to each")
-    return token_ids(view, prompts), token_ids(view, answers, special=False)
-
-
-def by_length(ids: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Batches of row numbers, longest first: little padding."""
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))

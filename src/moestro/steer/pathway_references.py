@@ -25,7 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moestro.steer.pathway_edit import BATCH, Prompt, by_length, judge, padded, pairs, read, token_ids
+from moestro.steer.answers import BATCH, Prompt, by_length, judge, padded, pairs, token_ids
+from moestro.steer.pathway_edit import read
 from moestro.steer.steering import Fingerprint
 
 NEIGHBOURS = 3

@@ -30,20 +30,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.steer.pathway_edit import (
-    BATCH,
-    Answered,
-    Pathways,
-    Prompt,
-    Scope,
-    edit_of,
-    frozen,
-    padded,
-    pairs,
-    read,
-    rules_of,
-    token_ids,
-)
+from moestro.steer.answers import BATCH, Answered, Prompt, frozen, padded, pairs, token_ids
+from moestro.steer.pathway_edit import Pathways, Scope, edit_of, read, rules_of
 from moestro.steer.pathway_references import NEIGHBOURS, Neighbours, References, median_distance
 from moestro.view.observe import progress_bar
 
@@ -103,7 +91,7 @@ def oracle(
 ) -> Pathways:
     """Follow the gradient of the loss on the known answers.
 
-    Judged beside the model as it is, the oracle gap: what better routing of these tokens could give.
+    `found.judge` beside `answers.judge` of the model as it is: the oracle gap, what better routing could give.
     """
     asked, known = pairs(view, prompts, answers)
     found, core = _own(view, asked, layers, core_experts, scope, batch_size)
@@ -204,7 +192,7 @@ def generate(view: Any, found: Pathways, **options: Any) -> Int[Tensor, "b t"]:
     Beams and several sampled answers of a prompt share its pathway.
     """
     ids, mask = (t.to(view.device) for t in padded(found.prompts, "left"))
-    with view.edits(found.edit(view)):
+    with view.edits(found.edit()):
         out = view.model.generate(input_ids=ids, attention_mask=mask, **{"do_sample": False, **options})
     return out[:, ids.shape[1] :]
 
@@ -259,7 +247,7 @@ def _own(
         experts = view.layer(layer).num_experts
         count = min(math.ceil(CORE * rules[layer].top_k), experts) if core_experts is None else core_experts
         core[layer] = values[:, :experts].topk(count, dim=1).indices
-    return Pathways(ids, omega, dict(omega), scope, torch.zeros(len(ids), 0)), core
+    return Pathways(ids, omega, dict(omega), scope, rules, torch.zeros(len(ids), 0)), core
 
 
 def _descend(
