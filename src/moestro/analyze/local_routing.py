@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import binom
 from torch import Tensor
 
-from moestro.stats import Interval, bootstrap
+from moestro.stats import Interval, bootstrap_totals
 from moestro.view.events import MoEEvent, Tokens
 from moestro.view.observe import DomainTable
 
@@ -265,15 +265,7 @@ def memoryless(shares: Float[Tensor, " e"], m: int) -> float:
 def _interval(units: Float[Tensor, "u f"]) -> Interval | None:
     if len(units) < 2:
         return None
-    table = units.double().numpy()
-
-    def statistic(index: np.ndarray, axis: int = -1) -> Any:
-        rows = index.astype(int).reshape(-1, len(table))
-        place = rows + np.arange(len(rows))[:, None] * len(table)
-        times = np.bincount(place.ravel(), minlength=place.size).reshape(rows.shape)
-        return best_f1(torch.from_numpy(times @ table))[0].numpy().reshape(index.shape[:-1])
-
-    return bootstrap(np.arange(len(table)), statistic=statistic)
+    return bootstrap_totals(units.numpy(), lambda uses: best_f1(torch.from_numpy(uses))[0].numpy()[:, None])[0]
 
 
 def _checked(use: LocalUse, m: int, layers: Collection[int]) -> list[int]:
