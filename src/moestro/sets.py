@@ -84,10 +84,12 @@ def layer_matched(
         yield frozenset(drawn)
 
 
-def anywhere(count: int, sizes: Mapping[int, int], draws: int, *, seed: int = 0) -> Iterator[Chosen]:
-    """`draws` random sets of `count` members of all layers."""
-    rng = np.random.default_rng(seed)
-    members = [(layer, n) for layer, size in sizes.items() for n in range(size)]
+def anywhere(
+    count: int, sizes: Mapping[int, int], draws: int, *, seed: int = 0, avoid: Collection[Member] = ()
+) -> Iterator[Chosen]:
+    """`draws` random sets of `count` members of all layers, none of which is in `avoid`."""
+    rng, taken = np.random.default_rng(seed), set(avoid)
+    members = [(layer, n) for layer, size in sizes.items() for n in range(size) if (layer, n) not in taken]
     if not 0 <= count <= len(members):
         raise ValueError(f"{count} members of {len(members)}")
     for _ in range(draws):
