@@ -97,10 +97,10 @@ class TextProfiles:
         self._first_layer: int | None = None
 
     def update(self, event: MoEEvent) -> None:
-        kept = (~torch.isin(event.tokens.id, self.skip)).nonzero().flatten()
-        if not len(kept):
+        counted = (~torch.isin(event.tokens.id, self.skip)).nonzero().flatten()
+        if not len(counted):
             return
-        tokens = event.tokens[kept]
+        tokens = event.tokens[counted]
         samples, row = tokens.sample.unique(return_inverse=True)
         if self._first_layer in (None, event.layer):
             self._first_layer = event.layer
@@ -111,8 +111,8 @@ class TextProfiles:
             for s, d, n in zip(samples.tolist(), domain.tolist(), row.bincount().tolist(), strict=True):
                 self._domain_of[s] = self._domains.index(tokens.domains[d])
                 self._tokens[s] = self._tokens.get(s, 0.0) + n
-        probabilities = self._probabilities(event).cpu()[kept]
-        chosen = chosen_experts(event)[kept]
+        probabilities = self._probabilities(event).cpu()[counted]
+        chosen = chosen_experts(event)[counted]
         adjacent = (row[1:] == row[:-1]) & (tokens.position[1:] == tokens.position[:-1] + 1)
         both = (chosen[1:] & chosen[:-1]).sum(1)
         jaccard = torch.zeros(len(tokens))
