@@ -34,7 +34,7 @@ import moestro.view.open as opening
 from moestro.data import tasks
 from moestro.evidence.base import Claim, Evidence, Rows, ratio
 from moestro.stats import Interval, difference
-from moestro.steer.answers import Judged, frozen, judge, padded
+from moestro.steer.answers import Judged, aligned, frozen, judge, padded
 from moestro.steer.pathway_references import Neighbours, References, collect, nearest, random_neighbours
 from moestro.steer.pathways import kernel_regression, mode_finding, neighbourhood_descent, oracle
 from moestro.view.observe import progress_bar
@@ -104,7 +104,7 @@ def run(
     with progress_bar(progress) as bar:
         task = bar.add_task("methods", total=draws * 10)
         for draw in range(draws):
-            questions = drawn(view.tokenizer, asked + tested, seed=draw)
+            questions = drawn(view, asked + tested, seed=draw)
             references = collect(view, questions.prompts[:asked], questions.answers[:asked], progress=False)
             test = questions[slice(asked, None)]
             near = nearest(references, test.prompts)
@@ -117,7 +117,7 @@ def run(
     return Evidence(rows=list(rows), claims=claims(found, gains, falls))
 
 
-def drawn(tokenizer: Any, count: int, *, seed: int) -> Questions:
+def drawn(view: Any, count: int, *, seed: int) -> Questions:
     """`count` different questions, the kinds in turn."""
     wanted = -(-count // len(KINDS))
     numbers = tasks.arithmetic(7_000_000 + seed, 12 * wanted)
@@ -129,22 +129,14 @@ def drawn(tokenizer: Any, count: int, *, seed: int) -> Questions:
     chosen = {kind: list(dict.fromkeys(pool))[:wanted] for kind, pool in pools.items()}
     mixed = [(kind, problem) for group in zip(*([(k, p) for p in chosen[k]] for k in KINDS)) for kind, problem in group]
     assert len(mixed) >= count, "the pools are large enough"
-    ids = [_ids(tokenizer, problem) for _, problem in mixed[:count]]
-    return Questions([p for p, _ in ids], [a for _, a in ids], [kind for kind, _ in mixed[:count]])
+    kinds, problems = zip(*mixed[:count])
+    prompts, answers = aligned(view, [p.prompt for p in problems], [p.answer + "\n" for p in problems])
+    return Questions(prompts, answers, list(kinds))
 
 
 def _short_sort(problem: tasks.Problem) -> bool:
     items = problem.answer.split()
     return problem.prompt.startswith("sort") and len(items) <= 5 and all(item.isdigit() for item in items)
-
-
-def _ids(tokenizer: Any, problem: tasks.Problem) -> tuple[list[int], list[int]]:
-    """(prompt, answer) with the end of its line; a space that is a token of its own goes to the prompt."""
-    prompt = tokenizer(problem.prompt)["input_ids"]
-    answer = tokenizer(problem.answer + "\n", add_special_tokens=False)["input_ids"]
-    if tokenizer.decode(answer[:1]) == " ":
-        return prompt + answer[:1], answer[1:]
-    return prompt, answer
 
 
 def _methods(

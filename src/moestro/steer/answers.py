@@ -64,6 +64,18 @@ def token_ids(view: Any, prompts: Sequence[Prompt], *, special: bool = True) -> 
     return found
 
 
+def aligned(view: Any, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of both. A space that is a token of its own goes from the answer to its prompt.
+
+    So the last prompt token is the one after which the answer has to be known.
+    """
+    asked, known = pairs(view, prompts, answers)
+    for prompt, answer in zip(asked, known, strict=True):
+        if len(answer) > 1 and view.tokenizer.decode(answer[:1]) == " ":
+            prompt.append(answer.pop(0))
+    return asked, known
+
+
 def padded(rows: Sequence[Sequence[int]], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
     """(ids, mask) [B, T] of rows of different lengths."""
     width = max(map(len, rows))
