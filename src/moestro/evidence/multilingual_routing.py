@@ -58,8 +58,6 @@ SOURCES = (
     "analyze/multilingual_routing.py",
     "analyze/profiles.py",
     "steer/router_steering.py",
-    "sets.py",
-    "stats.py",
     "evidence/base.py",
     "evidence/multilingual_arithmetic.py",
     "bundled/quartet/model.safetensors",
