@@ -323,11 +323,12 @@ def test_effect_is_measured_text_by_text_beside_layer_matched_controls(planted: 
 
     effect = ablation_effect(planted, PLANTED, change, draws=5)
     assert effect.excess.low > 0
-    assert effect.p == pytest.approx(1 / 6)
+    assert effect.p_larger == pytest.approx(1 / 6)
+    assert effect.p_smaller == 1.0
     assert len(effect.draws) == 5
-    assert effect.excess.estimate == pytest.approx(effect.increase.estimate - np.mean(effect.draws))
+    assert effect.excess.estimate == pytest.approx(effect.change.estimate - np.mean(effect.draws))
     same = ablation_effect(planted, PLANTED, change, controls=[PLANTED])
-    assert (same.excess.estimate, same.p) == (0.0, 1.0)
+    assert (same.excess.estimate, same.p_larger) == (0.0, 1.0)
     with pytest.raises(ValueError, match="no control"):
         ablation_effect(planted, PLANTED, change, controls=[])
 

@@ -21,7 +21,7 @@ Shapes: E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +30,12 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from moestro import sets, stats
+from moestro import sets
 from moestro.analyze.massive_activations import ResidualPeak, ResidualPeaks, forming_layers
 from moestro.analyze.output_peaks import UNSEEN, OutputPeaks, Peaks
+from moestro.analyze.set_effect import Measure, SetEffect, set_effect
 from moestro.routing import SCORES, Score
 from moestro.view.edit import Gain
 from moestro.view.events import MoEEvent, Observer
@@ -247,50 +247,19 @@ def ablated(view: Any, experts: Iterable[sets.Member], *, shared: Collection[int
         yield
 
 
-@dataclass(frozen=True)
-class AblationEffect:
-    """What leaving experts out does to a measure, text by text, beside what as many others do."""
-
-    increase: stats.Interval
-    """Over the whole model."""
-    control: stats.Interval
-    """The same of the mean control."""
-    excess: stats.Interval
-    """Increase minus the mean control's."""
-    draws: tuple[float, ...]
-    """Mean increase of every control."""
-    p: float
-    """Of the increase among the controls', one-sided: 1 / (1 + draws) at the least."""
-
-
 def ablation_effect(
     view: Any,
     experts: Collection[sets.Member],
-    losses: Callable[[], ArrayLike],
+    losses: Measure,
     *,
-    controls: Iterable[sets.Chosen] | None = None,
+    controls: Iterable[Collection[sets.Member]] | None = None,
     draws: int = DRAWS,
     seed: int = 0,
-) -> AblationEffect:
-    """`losses`, which measures the model as one number a text, with and without the experts, and with controls ablated.
+) -> SetEffect:
+    """What ablating the experts does to the model's losses, beside controls.
 
     `controls`: sets to compare with; by default `draws` random ones with as many experts in the same layers.
     """
     sizes = {layer.index: layer.num_experts for layer in view.layers}
-    others = list(sets.layer_matched(experts, sizes, draws, seed=seed) if controls is None else controls)
-    if not others:
-        raise ValueError("no control to compare with; draw at least one")
-    whole = np.asarray(losses(), dtype=np.float64)
-    changes = []
-    for chosen in (frozenset(experts), *others):
-        with ablated(view, chosen):
-            changes.append(np.asarray(losses(), dtype=np.float64) - whole)
-    own, control = changes[0], np.mean(changes[1:], axis=0)
-    means = tuple(float(change.mean()) for change in changes[1:])
-    return AblationEffect(
-        stats.bootstrap(own),
-        stats.bootstrap(control),
-        stats.difference(own, control),
-        means,
-        stats.exceeds(float(own.mean()), np.array(means)),
-    )
+    others = sets.layer_matched(experts, sizes, draws, seed=seed) if controls is None else controls
+    return set_effect(experts, losses, partial(ablated, view), others)
