@@ -27,6 +27,7 @@ from moestro.sets import by_layer, from_layers
 from moestro.steer import self_contrast
 from moestro.steer.reroute import rank
 from moestro.steer.router_steering import HardActivate, HardSuppress, SoftSteer
+from moestro.steer.tunable_experts import Insert
 from moestro.view.edit import Edit, ForceOn, Gain, LogitBias, SwitchOff
 
 
@@ -86,6 +87,7 @@ KINDS: dict[str, Kind] = {
         SwitchOff, lambda e: {"experts": by_layer(e.experts)}, lambda d: SwitchOff(from_layers(d["experts"]))
     ),
     "force_on": Kind(ForceOn, lambda e: {"experts": by_layer(e.experts)}, lambda d: ForceOn(from_layers(d["experts"]))),
+    "insert": Kind(Insert, lambda e: {"experts": by_layer(e.experts)}, lambda d: Insert(from_layers(d["experts"]))),
     "gain": Kind(
         Gain,
         lambda e: {"gains": [[layer, i, g] for (layer, i), g in e.gains.items()], "renormalize": e.renormalize},
