@@ -9,6 +9,8 @@ import pytest
 
 from moestro.analyze import modality_importance as mi
 from moestro.analyze.questions import Question, ask, exact, probability
+from moestro.evidence import modality_bias as evidence
+from moestro.evidence import video_questions
 
 PAIR, TRIO = ("video", "subtitle"), ("video", "subtitle", "sound")
 TABLE = {  # (c_V, c_T, c_VT): (MIS_V, MIS_T, type), worked out by hand
@@ -244,6 +246,27 @@ def test_donors_are_others_with_another_answer() -> None:
 def test_what_makes_no_sense_is_refused(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call(questions([when("video")]))
+
+
+@pytest.mark.parametrize(
+    ("sources", "types"), [(evidence.TWO, evidence.PLANTED_TWO), (evidence.THREE, evidence.PLANTED_THREE)]
+)
+def test_generated_questions_need_what_they_are_planted_to_need(sources, types) -> None:
+    asked, planted = video_questions.generate(10 * len(types), [*types], seed=5)
+    scores = mi.ask_subsets(asked, video_questions.read, sources=sources, progress=False)
+    assert mi.question_types(scores) == [types[kind] for kind in planted]
+    again, _ = video_questions.generate(10 * len(types), [*types], seed=5)
+    assert all(np.array_equal(a.sources["video"], b.sources["video"]) for a, b in zip(asked, again))
+
+
+def test_the_trained_answerer_sees_only_what_it_is_given() -> None:
+    asked, _ = video_questions.generate(8, video_questions.KINDS, seed=6)
+    answer = video_questions.answerer(video_questions.Fusion())
+    others = [q.given("video", donor.sources["video"]) for q, donor in zip(asked, asked[1:] + asked[:1])]
+    same, other = (answer([q.only(["subtitle"]) for q in questions]) for questions in (asked, others))
+    np.testing.assert_array_equal(same, other)
+    assert not np.array_equal(answer(asked), answer(others))
+    np.testing.assert_allclose(answer(asked).sum(axis=1), 1, atol=1e-5)
 
 
 def test_replies_come_in_the_questions_order() -> None:
