@@ -16,6 +16,7 @@ from moestro.evidence.commands import papers, reproduce
 from moestro.evidence.league_command import league
 from moestro.looking.commands import look
 from moestro.steer.commands import generate, steer
+from moestro.studio.commands import studio
 from moestro.train.commands import train
 
 app = typer.Typer(
@@ -104,6 +105,7 @@ def fit(
 app.command()(look)
 app.command()(generate)
 app.add_typer(steer, name="steer")
+app.command()(studio)
 app.command()(papers)
 app.command()(reproduce)
 app.command()(train)

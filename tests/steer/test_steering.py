@@ -11,6 +11,7 @@ from moestro import ForceOn, Gain, LogitBias, Reselect, SwitchOff
 from moestro.steer.reroute import rank
 from moestro.steer.self_contrast import self_contrast
 from moestro.steer.steering import SelfContrast, Steering
+from moestro.view.heads import HeadGain
 
 IDS = torch.randint(0, 131, (2, 7), generator=torch.Generator().manual_seed(3))
 EDITS = (
@@ -18,6 +19,7 @@ EDITS = (
     ForceOn({(2, 1)}),
     Gain({(1, 2): 0.5, (2, 2): 3.0}, renormalize=True),
     LogitBias({2: torch.linspace(-1, 1, 8)}),
+    HeadGain({(0, 1): 0.0, (2, 3): 1.5}),
 )
 
 

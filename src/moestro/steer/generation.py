@@ -55,6 +55,7 @@ def generate(
     steering: Sequence[Steering] = (),
     edits: Sequence[Any] = (),
     on_text: Callable[[str], None] | None = None,
+    stop: Callable[[], bool] | None = None,
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -62,6 +63,8 @@ def generate(
     chat: bool | None = None,
 ) -> str:
     """The continuation of a prompt; `on_text` is called with its pieces as they come. Temperature 0 is greedy.
+
+    `stop` is asked after every token whether to leave it at that.
 
     Raises ValueError for bad settings or a steering setup of another model, before anything runs.
     """
@@ -101,6 +104,7 @@ def generate(
             pad_token_id=_padding(view),
             logits_processor=processors,
             streamer=_Pieces(view.tokenizer, take),
+            stopping_criteria=[] if stop is None else [lambda ids, scores: torch.full((len(ids),), stop())],
             **settings,
         )
     return "".join(pieces)

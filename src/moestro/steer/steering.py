@@ -27,8 +27,10 @@ from moestro.sets import by_layer, from_layers
 from moestro.steer import self_contrast
 from moestro.steer.reroute import rank
 from moestro.steer.router_steering import HardActivate, HardSuppress, SoftSteer
+from moestro.steer.soft_injection import SoftInjection
 from moestro.steer.tunable_experts import Insert
 from moestro.view.edit import Edit, ForceOn, Gain, LogitBias, SwitchOff
+from moestro.view.heads import HeadEdit, HeadGain
 
 
 class Fingerprint(BaseModel):
@@ -40,7 +42,9 @@ class Fingerprint(BaseModel):
     experts: dict[int, int]
     """{MoE layer: number of experts}"""
     routers: str
-    """SHA-256 of the router weights in bf16, so that the type a checkpoint is loaded in does not matter."""
+    """SHA-256 of the router weights in bf16, so that the type a checkpoint is loaded in does not matter.
+
+    Of a model without routers: of the first numbers of every weight."""
 
     @classmethod
     def of(cls, view: Any) -> Fingerprint:
@@ -49,6 +53,9 @@ class Fingerprint(BaseModel):
             for name, weight in sorted(layer.router.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+        for name, weight in () if view.layers else view.stack.named_parameters():
+            digest.update(name.encode())
+            digest.update(weight.detach().flatten()[:256].to("cpu", torch.bfloat16).view(torch.int16).numpy())
         sizes = {layer.index: layer.num_experts for layer in view.layers}
         return cls(architecture=type(view.model).__name__, experts=sizes, routers=digest.hexdigest())
 
@@ -93,6 +100,11 @@ KINDS: dict[str, Kind] = {
         lambda e: {"gains": [[layer, i, g] for (layer, i), g in e.gains.items()], "renormalize": e.renormalize},
         lambda d: Gain({(layer, i): g for layer, i, g in d["gains"]}, renormalize=d["renormalize"]),
     ),
+    "head_gain": Kind(
+        HeadGain,
+        lambda e: {"gains": [[layer, h, g] for (layer, h), g in e.gains.items()]},
+        lambda d: HeadGain({(layer, h): g for layer, h, g in d["gains"]}),
+    ),
     "logit_bias": Kind(LogitBias, lambda e: {"bias": _numbers(e.bias)}, lambda d: LogitBias(_tensors(d["bias"]))),
     "soft_steer": Kind(
         SoftSteer,
@@ -103,6 +115,11 @@ KINDS: dict[str, Kind] = {
         HardActivate,
         lambda e: {"experts": by_layer(e.experts), "seed": e.seed},
         lambda d: HardActivate(from_layers(d["experts"]), seed=d["seed"]),
+    ),
+    "soft_injection": Kind(
+        SoftInjection,
+        lambda e: {"embedding": _numbers(e.embedding), "alpha": _numbers(e.alpha)},
+        lambda d: SoftInjection(_tensors(d["embedding"]), _tensors(d["alpha"])),
     ),
     "hard_suppress": Kind(
         HardSuppress,
@@ -142,7 +159,12 @@ class Steering(BaseModel):
 
     @classmethod
     def of(
-        cls, view: Any, *edits: Edit, decoding: SelfContrast | None = None, learned_from: str = "", note: str = ""
+        cls,
+        view: Any,
+        *edits: Edit | HeadEdit,
+        decoding: SelfContrast | None = None,
+        learned_from: str = "",
+        note: str = "",
     ) -> Steering:
         """The setup of these edits on the view's model.
 
@@ -201,6 +223,8 @@ def _dump(edit: Any) -> dict[str, Any]:
         if type(edit) is kind.edit:
             if edit.rows is not None:
                 raise ValueError(f"{type(edit).__name__}(rows=...): no file can name rows of a batch; leave it out")
+            if isinstance(getattr(edit, "at", None), Tensor):
+                raise ValueError(f"{type(edit).__name__}(at=...): no file can name positions in a batch; leave it out")
             return {"kind": name, **kind.dump(edit)}
     known = sorted(kind.edit.__name__ for kind in KINDS.values())
     raise TypeError(f"{type(edit).__name__} cannot be written to a steering file; it holds {known}")

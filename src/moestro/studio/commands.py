@@ -1,0 +1,39 @@
+"""`moestro studio`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+console = Console()
+
+
+def studio(
+    model: Annotated[str, typer.Argument(help="checkpoint directory, hub name or bundled model")] = "quartet",
+    steer: Annotated[Path | None, typer.Option(help="steering file to begin with", dir_okay=False)] = None,
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 lets the whole network in")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="port", show_default="7860, or the next free one")] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="open the page in a browser")] = True,
+) -> None:
+    """Open a local page: see which experts each token takes, switch experts and heads, compare, save the steering.
+
+    The page is served on this machine alone, and asks nothing of any other. Ctrl-C ends it.
+
+    Examples:
+
+      moestro studio
+
+      moestro studio ./OLMoE --steer no-refusals.json --port 8000 --no-browser
+    """
+    import moestro
+    from moestro.steer.steering import Steering
+    from moestro.studio.app import launch
+
+    setup = None if steer is None else Steering.load(steer)
+    view = moestro.open(model)
+    if host != "127.0.0.1":
+        console.print(f"[yellow]warning:[/] everybody who reaches {host} can use this model")
+    launch(view, Path(model).name, setup, server_name=host, server_port=port, inbrowser=browser)
