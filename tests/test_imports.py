@@ -15,7 +15,7 @@ def rooms(*names: str) -> tuple[str, ...]:
 
 METHODS = rooms("analyze", "steer", "build", "compress", "tune", "compose", "train", "serve")
 TRANSFORMERS_MODELS = ("transformers.models", "transformers.modeling_utils")
-TOP = rooms("fitting", "looking", "cli", "evidence")
+TOP = rooms("fitting", "looking", "studio", "cli", "evidence")
 
 # Who must not import whom: rooms of moestro, or other packages.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
@@ -29,8 +29,9 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "view": (*rooms("report", "models"), *METHODS, *TOP),
     "report": (*rooms("view", "cli", "evidence"), *METHODS),
     **{room.removeprefix("moestro."): TOP for room in METHODS},
-    "fitting": rooms("looking", "cli", "evidence"),
-    "looking": rooms("cli", "evidence"),
+    "fitting": rooms("looking", "studio", "cli", "evidence"),
+    "looking": rooms("studio", "cli", "evidence"),
+    "studio": rooms("cli", "evidence"),
     "evidence": rooms("cli"),
 }
 

@@ -20,6 +20,8 @@ INTRODUCTION = (
     "of its experts. Click an expert or a head to switch it **off** (×), again to **boost** it (▲), again to leave it "
     "as it is; then generate again and compare."
 )
+CHANGED = {"token": (0, 1), "expert": (1, 2), "head": (3,)}
+"""Which panels (see `Page.panels`) a click on something changes: large ones take a browser a while."""
 NO_TRACE = "<p>Generate a text to see how it was computed.</p>"
 
 
@@ -147,9 +149,11 @@ def build(view: Any, name: str, base: Steering | None = None) -> Any:
                     file = gr.DownloadButton(visible="hidden", elem_id="file")
                 detail = gr.HTML(js_on_load=panels.PICK, elem_id="detail", elem_classes="panel")
         start = page.panels(None, None, Switches())
-        gr.Markdown("### Experts\nOne row a layer, one cell an expert; the darker, the more tokens it served.")
+        gr.Markdown(
+            "### Experts\nOne row a layer, one cell an expert; the stronger its colour, the more tokens it served."
+        )
         experts = gr.HTML(start[2], js_on_load=panels.PICK, elem_id="experts", elem_classes="panel")
-        gr.Markdown("### Attention heads\nThe darker, the larger what the head gives.")
+        gr.Markdown("### Attention heads\nThe stronger its colour, the larger what the head gives.")
         heads = gr.HTML(start[3], js_on_load=panels.PICK, elem_id="heads", elem_classes="panel")
         pictures = [map_, detail, experts, heads]
 
@@ -167,7 +171,9 @@ def build(view: Any, name: str, base: Steering | None = None) -> Any:
         def click(event: gr.EventData, now: Switches, token: int | None, found: Trace | None) -> tuple[Any, ...]:
             with _told_to_the_user(gr):
                 new, token = page.click(event.pick, now, token)
-                return new, token, told(new, base), *page.panels(found, token, new)
+                changed = CHANGED[event.pick.partition(":")[0]]
+                drawn = (p if i in changed else gr.skip() for i, p in enumerate(page.panels(found, token, new)))
+                return new, token, told(new, base), *drawn
 
         def reset(token: int | None, found: Trace | None) -> tuple[Any, ...]:
             return Switches(), told(Switches(), base), *page.panels(found, token, Switches())
