@@ -149,9 +149,7 @@ def build(view: Any, name: str, base: Steering | None = None) -> Any:
                     file = gr.DownloadButton(visible="hidden", elem_id="file")
                 detail = gr.HTML(js_on_load=panels.PICK, elem_id="detail", elem_classes="panel")
         start = page.panels(None, None, Switches())
-        gr.Markdown(
-            "### Experts\nOne row a layer, one cell an expert; the stronger its colour, the more tokens it served."
-        )
+        gr.Markdown("### Experts\nOne row a layer, one cell an expert; the stronger its colour, the more tokens.")
         experts = gr.HTML(start[2], js_on_load=panels.PICK, elem_id="experts", elem_classes="panel")
         gr.Markdown("### Attention heads\nThe stronger its colour, the larger what the head gives.")
         heads = gr.HTML(start[3], js_on_load=panels.PICK, elem_id="heads", elem_classes="panel")

@@ -20,7 +20,7 @@ MARKS: dict[str, str] = {"off": "×", "boost": "▲"}
 
 
 def token_map(trace: Trace, chosen: int | None = None) -> str:
-    """One row a token, one column a layer: its first expert, the stronger the colour the larger its part of the gate weights."""
+    """One row a token, one column a layer: its first expert, in a colour as strong as its part of the gate weights."""
     layers = list(trace.experts)
     shares = {i: w[:, 0] / w.sum(dim=1).clamp_min(1e-9) for i, w in trace.weights.items()}
     first = {i: trace.experts[i][:, 0].tolist() for i in layers}
@@ -64,7 +64,7 @@ def switch_grid(
     settings: Mapping[Member, Setting],
     shades: Mapping[int, Float[Tensor, " e"]] | None = None,
 ) -> str:
-    """One row a layer, one cell an expert or head; the stronger the colour, the more the text used it. A click switches."""
+    """One row a layer, one cell an expert or head; the stronger the colour, the more it was used. A click switches."""
     widest = max(sizes.values(), default=0)
     rows = []
     for layer, size in sizes.items():
