@@ -33,12 +33,13 @@ def test_the_examples_of_the_seams_page_run(view):
     ids = torch.randint(0, 97, (4, 32))
     names = {"view": view, "batches": [ids[:2], ids[2:]], "inputs": {"input_ids": ids}}
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "seams.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "seams.md", "exec"), names)
     assert names["entropy"].keys() == {0, 1}
     with torch.no_grad():
         assert not torch.equal(names["sharp"], view.model(ids).logits)
+        assert not torch.equal(names["without"], view.model(ids).logits)
     assert [layer.num_experts for layer in view.layers] == [4, 4]
 
 
