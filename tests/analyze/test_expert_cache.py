@@ -210,6 +210,7 @@ def test_sizes_outside_what_a_layer_has_are_refused() -> None:
             share_slots(curves, slots)
     with pytest.raises(ValueError, match="m=13 and the longest text has 12"):
         layer_caches(requests, "segment", m=13)
+    assert layer_caches(requests, "lru", m=13)[0].top_k == 2  # which looks at no segment
     with pytest.raises(ValueError, match="policy='mru'"):
         model_cache(requests, "mru")
     with pytest.raises(ValueError, match="first_use='no'"):

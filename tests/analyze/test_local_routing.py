@@ -13,6 +13,7 @@ from moestro.analyze.local_routing import (
     LocalUse,
     best_f1,
     domain_specialization,
+    expert_floors,
     expert_segment_routing,
     layer_segment_routing,
     load_spread,
@@ -106,6 +107,9 @@ def test_constant_and_shuffled_routing_are_the_ends_of_the_scale() -> None:
     assert found.shuffled < 0.5
     mixed = use_of(constant[torch.randperm(texts * length, generator=generator)], texts, length)
     control = segment_routing(mixed, 16)
+    single, floor = expert_segment_routing(mixed, 16)[0], expert_floors(mixed, 16)[0]
+    torch.testing.assert_close(single, floor, rtol=0, atol=0.06)
+    assert bool((expert_segment_routing(use, 16)[0] > floor + 0.5).all())
     assert control.srp == pytest.approx(found.shuffled, abs=0.02)
     assert control.interval is not None
     assert control.interval.high < found.interval.low

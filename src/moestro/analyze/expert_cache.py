@@ -39,7 +39,10 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Requests:
-    """The experts that N tokens of whole texts ask for; tokens are in the order of their texts."""
+    """The experts that N tokens of whole texts ask for; tokens are in the order of their texts.
+
+    The windows of a long text are one text again, where none is missing.
+    """
 
     tokens: Tokens
     experts: dict[int, Int[Tensor, "n k"]]
@@ -206,7 +209,7 @@ def _check(requests: Requests, policy: str, m: int) -> None:
     if policy not in POLICIES:
         raise ValueError(f"policy={policy!r}; there are {', '.join(POLICIES)}")
     longest = int(stretches(requests.tokens)[1].max())
-    if not 1 <= m <= longest:
+    if policy == "segment" and not 1 <= m <= longest:
         raise ValueError(f"m={m} and the longest text has {longest} tokens; give 1 to {longest}")
 
 
@@ -227,9 +230,8 @@ def _curves(
         need = torch.where(asked, rank.gather(1, experts.clamp(min=0).flatten(1)).view_as(experts), size)
         place = (torch.arange(caches)[:, None, None] * texts + text[:, None]) * (size + 1) + need
         again = place.flatten().bincount(minlength=caches * texts * (size + 1)).view(caches, texts, -1)[..., :size]
-        return [
-            CacheCurve(policy, top_k, a.double(), torch.zeros_like(a).double(), r) for a, r in zip(again, requested)
-        ]
+        never = torch.zeros(texts, size, dtype=torch.float64)
+        return [CacheCurve(policy, top_k, a.double(), never, r) for a, r in zip(again, requested)]
     again, first = torch.zeros(2, caches * texts, size + 1, dtype=torch.float64)
     grid = torch.full((texts, longest), -1)
     grid[text, lengths[text] - left] = torch.arange(len(text))

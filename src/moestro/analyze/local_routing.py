@@ -244,6 +244,17 @@ def expert_segment_routing(use: LocalUse, m: int = 16) -> dict[int, Float[Tensor
     return {layer: best_f1(use.uses[m][layer].sum(dim=0))[0] for layer in _checked(use, m, use.layers)}
 
 
+def expert_floors(use: LocalUse, m: int = 16) -> dict[int, Float[Tensor, " e"]]:
+    """{layer: SRP of experts without memory that are used as often}: what an expert's SRP says lies above this.
+
+    Without it SRP mostly tells how often an expert is used.
+    """
+    return {
+        layer: best_f1(_memoryless_uses(use.counts[layer].sum(dim=0) / use.tokens.sum(), m))[0]
+        for layer in _checked(use, m, use.layers)
+    }
+
+
 def best_f1(uses: Float[Tensor, "*g f"]) -> tuple[Float[Tensor, "*g"], Int[Tensor, "*g"]]:
     """(SRP, alpha) from the number of segments by f = 0..m; NaN where all f are 0."""
     m = uses.shape[-1] - 1
@@ -257,9 +268,11 @@ def best_f1(uses: Float[Tensor, "*g f"]) -> tuple[Float[Tensor, "*g"], Int[Tenso
 
 def memoryless(shares: Float[Tensor, " e"], m: int) -> float:
     """SRP of a router that gives each token to expert e with probability shares[e], whatever came before."""
-    f = np.arange(m + 1)
-    uses = binom.pmf(f, m, shares.clamp(max=1).double().numpy()[:, None]).sum(axis=0)
-    return float(best_f1(torch.from_numpy(uses))[0])
+    return float(best_f1(_memoryless_uses(shares, m).sum(dim=0))[0])
+
+
+def _memoryless_uses(shares: Float[Tensor, " e"], m: int) -> Float[Tensor, "e f"]:
+    return torch.from_numpy(binom.pmf(np.arange(m + 1), m, shares.clamp(max=1).double().numpy()[:, None]))
 
 
 def _interval(units: Float[Tensor, "u f"]) -> Interval | None:
