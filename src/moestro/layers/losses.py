@@ -37,7 +37,8 @@ def router_z(routing: Routing, probabilities: Float[Tensor, "n e"], context: Rou
 def router_entropy(routing: Routing, probabilities: Float[Tensor, "n e"], context: RoutingContext) -> Float[Tensor, ""]:
     """Mean entropy of the probabilities, in nats: the dynamic loss of "Harder Tasks Need More Experts"
     (arXiv:2403.07652)."""
-    return _mean(torch.special.entr(probabilities).sum(dim=-1), context.real)
+    positive = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny)  # at 0 the gradient would be NaN
+    return _mean(torch.special.entr(positive).sum(dim=-1), context.real)
 
 
 def top_p_balance(routing: Routing, probabilities: Float[Tensor, "n e"], context: RoutingContext) -> Float[Tensor, ""]:
