@@ -8,6 +8,9 @@ import torch
 import moestro
 import tiny
 from moestro.analyze import vocabulary_use
+from moestro.analyze.expert_cache import RoutedTexts
+from moestro.analyze.layer_states import LastTokens
+from moestro.analyze.local_routing import LocalRouting, segment_routing
 from moestro.analyze.vocabulary_use import KINDS, PairCounts, VocabularyUse, vocabulary_specialization
 from moestro.view.observe import RoutingTrace
 
@@ -56,6 +59,22 @@ def test_parts_merge_to_the_whole_however_often_they_are_counted(monkeypatch) ->
     for kind in KINDS:
         for layer in view.layers:
             assert pairs_of(observers[0].result(), kind, layer.index) == pairs_of(whole, kind, layer.index)
+
+
+def test_a_streamed_model_hands_layer_by_layer_and_gives_the_same(tmp_path) -> None:
+    """Here beside the other observers of local routing, which see the same events."""
+    tiny.make("qwen3_moe").model.save_pretrained(tmp_path)
+    data = [tiny.padded(docs) for docs in (tiny.documents(9, 6), tiny.documents(14, 5, seed=1))]
+    found = []
+    for view in (moestro.open(tmp_path), moestro.open(tmp_path, stream=True)):
+        observers = [VocabularyUse(), LocalRouting((4,)), RoutedTexts(), LastTokens("mlp_input")]
+        found.append(view.observe(data, observers, progress=False))
+    (pairs, use, requests, last), streamed = found
+    assert segment_routing(use, 4) == segment_routing(streamed[1], 4)
+    for layer in last:
+        assert all(pairs_of(pairs, kind, layer) == pairs_of(streamed[0], kind, layer) for kind in KINDS)
+        assert torch.equal(requests.experts[layer], streamed[2].experts[layer])
+        assert torch.equal(last[layer], streamed[3][layer])
 
 
 def test_specialization_by_hand() -> None:

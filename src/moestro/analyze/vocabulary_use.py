@@ -56,14 +56,14 @@ class VocabularyUse:
         routing = event.routing
         chosen = routing.indices.gather(1, routing.weights.argmax(dim=1, keepdim=True))[:, 0].cpu()
         chosen = chosen.masked_fill((routing.weights.amax(dim=1).cpu() == 0) | (chosen >= event.num_experts), -1)
-        self._top.setdefault(event.layer, []).append(chosen.long())
+        self._top.setdefault(event.layer, []).append(chosen.short())
         self._sizes[event.layer] = event.num_experts
 
     def update_logits(self, batch: Batch, ids: Int[Tensor, "b t"], logits: Float[Tensor, "b t v"]) -> None:
         ids, predicted = ids.cpu(), logits.argmax(dim=-1).cpu()
         following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1)
-        for layer, parts in self._top.items():
-            expert = batch.on_grid(torch.cat(parts), -1)
+        for layer in self._top:
+            expert = batch.on_grid(self._taken(layer, len(batch.tokens)).long(), -1)
             here = expert >= 0
             # padding may stand on either side: what follows a token is a token, and not the next row's
             real = batch.on_grid(torch.ones_like(batch.tokens.id), 0).bool()
@@ -75,7 +75,16 @@ class VocabularyUse:
             ):
                 keys = of[where] * self._sizes[layer] + expert[where]
                 self._add((kind, layer), *keys.unique(return_counts=True))
-        self._top.clear()
+
+    def _taken(self, layer: int, count: int) -> Int[Tensor, " n"]:
+        """The batch's tokens, which come first: of a streamed model, all batches' tokens of most layers are waiting."""
+        parts, taken = self._top[layer], []
+        while count:
+            part, rest = parts[0][:count], parts[0][count:]
+            parts[:1] = [rest] if len(rest) else []
+            taken.append(part)
+            count -= len(part)
+        return torch.cat(taken)
 
     def _add(self, place: tuple[str, int], key: Tensor, count: Tensor) -> None:
         pending = self._pending.setdefault(place, [])
