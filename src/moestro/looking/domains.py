@@ -7,7 +7,7 @@ import polars as pl
 
 from moestro.analyze.specialisation import Specialisation, specialisation, specialists
 from moestro.looking.collect import Collected
-from moestro.looking.result import Heat, Lines, Listing, Section
+from moestro.looking.result import SERIES, Heat, Lines, Listing, Section
 
 ALPHA = 0.05
 TITLE = "Specialisation: who serves which domain"
@@ -81,7 +81,7 @@ def _bits_table(found: Specialisation) -> pl.DataFrame:
     for layer, bits in found.bits.items():
         low, mean, high = np.quantile(found.null_bits[layer], [0.025, 0.5, 0.975]).tolist()
         rows += [(layer, "measured", bits, None, None), (layer, "exchanged domains", mean, low, high)]
-    return pl.DataFrame(rows, schema=["layer", "series", "value", "low", "high"], orient="row")
+    return pl.DataFrame(rows, schema=SERIES, orient="row")
 
 
 def _ratio_table(found: Specialisation) -> pl.DataFrame:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from moestro import stats
 from moestro.analyze.load_balance import UNDER_USED, evenness, gini
 from moestro.looking.collect import Collected
-from moestro.looking.result import Heat, Lines, Listing, Section
+from moestro.looking.result import SERIES, Heat, Lines, Listing, Section
 
 OVERLOADED = 3.0
 """Times the mean load of its layer from which an expert is called overloaded. Our choice."""
@@ -109,7 +109,7 @@ def evenness_table(seen: Collected) -> tuple[pl.DataFrame, dict[int, stats.Inter
         both = _intervals(counts.numpy(), statistic, seen.seed)
         found[layer] = both[0]
         rows += [(layer, name, i.estimate, i.low, i.high) for name, i in zip(("entropy", "Gini"), both, strict=True)]
-    return pl.DataFrame(rows, schema=["layer", "series", "value", "low", "high"], orient="row"), found
+    return pl.DataFrame(rows, schema=SERIES, orient="row"), found
 
 
 def _intervals(table: NDArray, statistic, seed: int) -> list[stats.Interval]:
@@ -130,7 +130,9 @@ def profile_section(seen: Collected) -> Section:
         ranked = counts.sum(dim=0).sort(descending=True).values
         reached = (ranked.cumsum(dim=0) / ranked.sum().clamp_min(1)).numpy()
         needed = [int(np.searchsorted(reached, share - 1e-12)) + 1 for share in SHARES]
-        rows += [(layer, f"{part:.0%} of the slots", float(n)) for part, n in zip(SHARES, needed, strict=True)]
+        rows += [
+            (layer, f"{part:.0%} of the slots", float(n), None, None) for part, n in zip(SHARES, needed, strict=True)
+        ]
         size = counts.shape[1]
         fast = max(1, round(HOT * size))
         if len(counts) > 3:
@@ -158,7 +160,7 @@ def profile_section(seen: Collected) -> Section:
         title="Experts needed for most of the work",
         read="Each line is the number of experts of a layer, busiest first, that together serve that share of its "
         "slots: the lower, the fewer need fast memory.",
-        table=pl.DataFrame(rows, schema=["layer", "series", "value"], orient="row"),
+        table=pl.DataFrame(rows, schema=SERIES, orient="row"),
         unit="experts",
     )
     listing = Listing(

@@ -10,7 +10,7 @@ import torch
 from moestro.analyze.expert_cache import CacheCurve, Requests, layer_caches, local_use, slots_for
 from moestro.analyze.local_routing import SegmentRouting, layer_segment_routing, segment_routing, stretches
 from moestro.looking.collect import Collected
-from moestro.looking.result import Figure, Heat, Lines, Listing, Section
+from moestro.looking.result import SERIES, Figure, Heat, Lines, Listing, Section
 
 TITLE = "Locality: what a cache of experts would find"
 SEGMENT = 16
@@ -100,18 +100,19 @@ def locality_section(seen: Collected) -> Section:
 
 def simulated(requests: Requests, *, seed: int) -> Requests:
     """The beginnings of some texts, drawn at random from all."""
-    samples = requests.tokens.sample.unique()
-    order = samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))]
-    early = requests.tokens.position < SIMULATED_LENGTH
-    place = torch.empty(int(samples.max()) + 1, dtype=torch.long)
+    text, left = stretches(requests.tokens)
+    lengths = text.bincount()
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
+    place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
-    lengths = place[requests.tokens.sample[early]].bincount(minlength=len(order))
-    taken = max(1, int((lengths.cumsum(0) <= SIMULATED_TOKENS).sum()))
-    return requests[(early & (place[requests.tokens.sample] < taken)).nonzero().flatten()]
+    cut = lengths.clamp(max=SIMULATED_LENGTH)[order]
+    taken = max(1, int((cut.cumsum(0) <= SIMULATED_TOKENS).sum()))
+    early = lengths[text] - left < SIMULATED_LENGTH
+    return requests[(early & (place[text] < taken)).nonzero().flatten()]
 
 
 def _segments(layers: Mapping[int, SegmentRouting]) -> pl.DataFrame:
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for layer, found in layers.items():
         low, high = (None, None) if found.interval is None else (found.interval.low, found.interval.high)
         rows.append((layer, "measured", found.srp, low, high))
@@ -120,15 +121,12 @@ def _segments(layers: Mapping[int, SegmentRouting]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=SERIES, orient="row")
 
 
-SERIES = {"layer": pl.Int64, "series": pl.String, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64}
-
-
 def _hits(
     caches: Mapping[str, Mapping[int, CacheCurve]], shuffled: Mapping[int, CacheCurve], slots: Mapping[int, int]
 ) -> pl.DataFrame:
     names = {"lru": "least recently used leaves", "belady": "optimum", "fixed": "most used"}
     curves = {names[policy]: curves for policy, curves in caches.items()} | {"tokens shuffled": shuffled}
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for name, of in curves.items():
         for layer, curve in of.items():
             if len(curve.requests) > 1:

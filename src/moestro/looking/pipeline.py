@@ -21,9 +21,13 @@ import torch
 from moestro.data import TokenBatches, limit_tokens, load_texts, token_batches
 from moestro.fitting.pipeline import MAX_LENGTH, open_model
 from moestro.looking.collect import Collected, collect
+from moestro.looking.depth import depth_section
+from moestro.looking.divergence import divergence_section
 from moestro.looking.domains import specialisation_section
+from moestro.looking.heads import heads_section
 from moestro.looking.load import load_section, load_table, profile_section
 from moestro.looking.locality import locality_section
+from moestro.looking.outliers import outliers_section
 from moestro.looking.pairs import pairs_section
 from moestro.looking.result import LookReport, Section
 from moestro.report import write_look_page
@@ -78,7 +82,7 @@ def look(
         batches = read_data(view, data, tokens=tokens, max_length=max_length, seed=seed)
         against = check_reference(batches, reference)
         seen = collect(view, batches, reference=against, layers=chosen, seed=seed, progress=progress)
-        report = conclude(model, seen)
+        report = conclude(model, seen, progress=progress)
         if half is not None:
             write(report, seen, half)
     return report
@@ -123,14 +127,18 @@ def check_reference(batches: TokenBatches, reference: str | None) -> str:
     return reference
 
 
-def conclude(model: Any, seen: Collected) -> LookReport:
+def conclude(model: Any, seen: Collected, *, progress: bool = True) -> LookReport:
     """What was collected, as sections."""
     view, profiles = seen.view, seen.profiles
     sections: list[Section] = [
         load_section(seen),
         specialisation_section(seen),
+        divergence_section(seen),
         pairs_section(seen),
         locality_section(seen),
+        depth_section(seen),
+        outliers_section(seen),
+        heads_section(seen, progress=progress),
         profile_section(seen),
     ]
     path = model if isinstance(model, str | Path) else getattr(view.model.config, "_name_or_path", "")

@@ -9,6 +9,9 @@ from typing import Literal
 
 import polars as pl
 
+SERIES = {"layer": pl.Int64, "series": pl.String, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64}
+"""Columns of the table of `Lines`."""
+
 
 @dataclass(frozen=True)
 class Heat:
@@ -41,7 +44,7 @@ class Heat:
 
 @dataclass(frozen=True)
 class Lines:
-    """Measures by layer. The table: layer, series, value, and low and high where there is an interval."""
+    """Measures by layer. The table has the columns of SERIES, low and high where there is an interval."""
 
     name: str
     title: str
