@@ -248,6 +248,13 @@ def test_caches_that_the_weak_pass_cannot_follow_are_refused(view) -> None:
         generate(view, processors=[processor], cache_implementation="static")
 
 
+def test_a_second_contrast_is_refused(view) -> None:
+    with self_contrast(view) as processor:
+        with pytest.raises(RuntimeError, match="contrast already"), contrastive(view.model, copy.deepcopy(view.model)):
+            pass
+        assert torch.equal(generate(view, processors=[processor]), by_hand(view, [rank(view, 2)], 0.5))
+
+
 def test_a_processor_outside_its_block_is_refused(view) -> None:
     with self_contrast(view) as processor:
         pass

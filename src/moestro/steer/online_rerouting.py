@@ -17,7 +17,8 @@ Left open by what could be read of the paper, and chosen here: Adam, begun anew 
 every sequence; padding does not count; "soft" scales each layer's step by C[l] / mean C, since scaling the gradient
 would not change a step of Adam.
 
-Where a family normalises the gate weights over the chosen experts, the others get no gradient.
+Where a family normalises the gate weights over the chosen experts, the others get no gradient. A step keeps the
+activations and the logits of the whole context: for long ones, adapt one sequence at a time.
 "Rewiring Experts on the Fly: Continuous Rerouting for Better Online Adaptation in Mixture-of-Expert models"
 (arXiv:2510.14853). Shapes: B rows, T positions, N = B * T places, V vocabulary, L MoE layers, E experts, K slots.
 """
@@ -88,12 +89,13 @@ class _Scored(RowBias):
     def routing(self, layer: int, routing: Routing) -> Routing:
         scores = SCORES[self.rules[layer].score](routing.logits.detach().float())
         log_p = (scores / scores.sum(dim=1, keepdim=True)).clamp_min(1e-20).log()
-        used = (routing.weights != 0) & (self.real.view(-1, 1) != 0)
+        real = self.real.to(log_p.device)
+        used = (routing.weights != 0) & (real.view(-1, 1) != 0)
         indices = routing.indices.clamp(max=log_p.shape[1] - 1)
         undecided = -(log_p.gather(1, indices) * used).sum(dim=1) / used.sum(dim=1).clamp(min=1)
-        self.scores[layer] = undecided.view_as(self.real).sum(dim=1) / self.real.sum(dim=1)
-        served = torch.zeros_like(scores).scatter_add(1, indices, used.float()).view(*self.real.shape, -1)
-        self.used[layer] = (served.sum(dim=1) > 0)[:, : self.bias[layer].shape[1]]
+        self.scores[layer] = (undecided.view_as(real).sum(dim=1) / real.sum(dim=1)).to(self.real.device)
+        served = torch.zeros_like(scores).scatter_add(1, indices, used.float()).view(*real.shape, -1).sum(dim=1)
+        self.used[layer] = (served > 0)[:, : self.bias[layer].shape[1]].to(self.real.device)
         return routing
 
     def clear_noise(self) -> None:
@@ -185,7 +187,7 @@ class OnlineRerouter:
         model, layers = self.view.model, self.view.layers
         with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
             ids, real = _left(input_ids, attention_mask)
-            check_lengths(real)
+            _check_lengths(real)
             deltas = {i: d.clone() for i, d in (start or self._zeros(len(ids))).items()}
             optimizer = OPTIMIZERS[self.optimizer]([d.requires_grad_() for d in deltas.values()], lr=self.lr)
             edit = _Scored(deltas, {layer.index: layer.rule for layer in layers}, real.float())
@@ -201,7 +203,7 @@ class OnlineRerouter:
                 _step(optimizer, edit, loss, shares)
                 losses.append(loss.detach())
             found = {i: d.detach() for i, d in deltas.items()}
-        return Adapted(found, torch.stack(losses) if losses else torch.zeros(0, len(ids)), shares)
+        return Adapted(found, torch.stack(losses) if losses else shares.new_zeros(0, len(ids)), shares)
 
     @contextmanager
     def session(
@@ -272,14 +274,14 @@ def fit_bias(
     What adapting to a domain beforehand gives, without the adaptation to a sequence; it can be saved as steering.
     """
     batches = [as_batch(item)[1] for item in data]
-    bias = {layer.index: torch.zeros(layer.num_experts, device=view.device) for layer in view.layers}
-    with torch.enable_grad(), _frozen(view.model), progress_bar(progress) as bar:
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(view.model), progress_bar(progress) as bar:
+        bias = {layer.index: torch.zeros(layer.num_experts, device=view.device) for layer in view.layers}
         optimizer = torch.optim.Adam([b.requires_grad_() for b in bias.values()], lr=lr)
         task = bar.add_task("fitting a bias", total=passes * len(batches))
         for _ in range(passes):
             for inputs in batches:
                 ids, real = _left(inputs["input_ids"].to(view.device), inputs.get("attention_mask"))
-                check_lengths(real)
+                _check_lengths(real)
                 with view.edits(LogitBias(bias)):
                     loss = context_loss(view.model, ids, real).mean()
                 loss.backward()
@@ -362,7 +364,7 @@ def _left(ids: Tensor, mask: Tensor | None) -> tuple[Int[Tensor, "b t"], Bool[Te
     return ids.gather(1, order), real.gather(1, order)
 
 
-def check_lengths(real: Bool[Tensor, "b t"]) -> None:
+def _check_lengths(real: Bool[Tensor, "b t"]) -> None:
     """Refuse contexts of fewer than two tokens, and warn of short ones."""
     lengths = real.sum(dim=1)
     row, shortest = int(lengths.argmin()), int(lengths.min())

@@ -89,6 +89,8 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 @contextmanager
 def _beside(model: Any, processor: Contrast) -> Iterator[Contrast]:
+    if any(isinstance(getattr(h, "__self__", None), Contrast) for h in model._forward_hooks.values()):
+        raise RuntimeError("the model is decoded by contrast already, and two contrasts do not add up; use one")
     hook = model.register_forward_hook(processor.after_forward, with_kwargs=True)
     try:
         yield processor
