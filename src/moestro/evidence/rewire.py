@@ -56,7 +56,7 @@ SOURCES = (
     "bundled/quartet/model.safetensors",
     "data/sample/*.jsonl.gz",
 )
-QUICK = {"count": 16, "few": 16, "prompts": 8}
+QUICK = {"count": 8, "few": 8, "prompts": 4}
 NOT_SHOWN: dict[str, str] = {}
 
 TRAINED = ("code", "docs")
