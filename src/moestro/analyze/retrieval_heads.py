@@ -116,18 +116,15 @@ class RetrievalScores:
         index = torch.as_tensor(chosen)
         numbers = (index.nonzero().flatten() if index.dtype == torch.bool else index).tolist()
         answers = Answers([self.answers.runs[i] for i in numbers], [self.answers.outputs[i] for i in numbers])
-        parts = ({n: t[numbers] for n, t in d.items()} for d in (self.per_run, self.copies, self.on_first))
-        return RetrievalScores(
-            answers, self.success, *parts, {n: t[numbers] for n, t in self.in_needle.items()}, self.windows
+        per_run, copies, on_first, in_needle = (
+            {layer: rows[numbers] for layer, rows in table.items()}
+            for table in (self.per_run, self.copies, self.on_first, self.in_needle)
         )
+        return RetrievalScores(answers, self.success, per_run, copies, on_first, in_needle, self.windows)
 
     def key_value_groups(self, view: Any) -> dict[int, Float[Tensor, " g"]]:
         """{layer: score of each key-value head}, the largest of the query heads that read it: for caches."""
-        return {
-            layer.index: self.mean[layer.index].view(layer.kv_heads, -1).amax(dim=1)
-            for layer in view.heads
-            if layer.index in self.per_run
-        }
+        return {layer.index: self.mean[layer.index].view(layer.kv_heads, -1).amax(dim=1) for layer in view.heads}
 
     def table(self) -> pl.DataFrame:
         """A row for each head: layer, head, score, the ends of its 95% interval over runs, frequency; best first."""
@@ -136,18 +133,13 @@ class RetrievalScores:
         for layer, scores in self.per_run.items():
             seen = scores[answered]
             seen = seen[~seen.isnan().any(dim=1)]
-            nothing = [stats.Interval(float("nan"), float("nan"), float("nan"))] * scores.shape[1]
-            spread = (
-                stats.bootstrap_totals(
-                    torch.cat([seen, torch.ones(len(seen), 1)], dim=1).numpy(), lambda s: s[:, :-1] / s[:, -1:]
-                )
-                if len(seen) > 1
-                else nothing
-            )
-            rows += [
-                (layer, h, float(mean[layer][h]), spread[h].low, spread[h].high, float(frequency[layer][h]))
-                for h in range(scores.shape[1])
-            ]
+            ends = [(float("nan"), float("nan"))] * scores.shape[1]
+            if len(seen) > 1:
+                sums = torch.cat([seen, torch.ones(len(seen), 1)], dim=1)
+                found = stats.bootstrap_totals(sums.numpy(), lambda s: s[:, :-1] / s[:, -1:])
+                ends = [(interval.low, interval.high) for interval in found]
+            for h in range(scores.shape[1]):
+                rows.append((layer, h, float(mean[layer][h]), *ends[h], float(frequency[layer][h])))
         names = ["layer", "head", "score", "low", "high", "frequency"]
         return pl.DataFrame(rows, schema=names, orient="row").sort("score", descending=True, nulls_last=True)
 
