@@ -23,6 +23,7 @@ from moestro.analyze.concept_depth import (
 )
 from moestro.analyze.layer_states import layer_states
 from moestro.data.tasks import arithmetic, sorting
+from moestro.evidence import concept_depth as experiment
 
 TEXTS = [f"text {i}" for i in range(200)]
 LABELS = [i % 2 for i in range(200)]
@@ -228,3 +229,19 @@ def test_a_concept_is_read_off_the_bundled_models_states() -> None:
     assert curve.depth == len(curve.layers) == 6
     assert bool((curve.accuracy > 0.9).all())
     assert concept_depth(curve).converging_point.estimate <= 2 / 6
+
+
+TRUTH = {
+    experiment.EQUATION: lambda t: eval(t.split("=")[0]) == int(t.split("=")[1]),
+    experiment.ORDER: lambda t: (n := [*map(int, t.split())]) == sorted(n),
+    experiment.COIN: lambda t: t.count(" flips ") % 2 == 0,
+}
+
+
+@pytest.mark.parametrize("name", experiment.CONCEPTS)
+def test_the_experiments_labels_are_true_and_balanced(name: str) -> None:
+    concept = experiment.make_concept(name, 300)
+    assert (len({*concept.texts}), sum(concept.labels)) == (300, 150)
+    assert experiment.make_concept(name, 300).texts == concept.texts
+    if name in TRUTH:
+        assert [int(TRUTH[name](t)) for t in concept.texts] == list(concept.labels)
