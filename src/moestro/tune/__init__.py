@@ -1,0 +1,1 @@
+"""Fine-tuning: regularisers, adapters as experts, what is unlearned."""
