@@ -82,8 +82,8 @@ def locality_section(seen: Collected) -> Section:
         Listing(
             name="cache-needed",
             title="Slots to buy",
-            read="The least number of experts in fast memory of each layer that reaches this hit rate; a first request "
-            "of an expert is a miss.",
+            read="The least number of experts of each layer in fast memory that reaches this hit rate; a first request "
+            "of an expert is a miss, so that some rates are out of reach (–).",
             table=_needed(lru),
             shown=64,
         ),

@@ -25,7 +25,7 @@ def outliers_section(seen: Collected) -> Section:
     table = _peaks_table(seen, profile)
     named = [f"expert {e} of layer {layer}" for layer, e in sorted(found.experts)]
     named += [f"the shared expert of layer {layer}" for layer in found.shared]
-    others = table.filter(~pl.col("super") & pl.col("layer").is_in(found.layers))["largest"].to_numpy()
+    others = table.filter((pl.col("super") == "") & pl.col("layer").is_in(found.layers))["largest"].to_numpy()
     largest = f"{float(others.max(initial=0.0)):.4g}"
     findings = [
         f"{len(named)} super {'expert' if len(named) == 1 else 'experts'}: {', '.join(named)}; the largest output of "
@@ -99,7 +99,7 @@ def _peaks_table(seen: Collected, profile: OutputProfile) -> pl.DataFrame:
     return table.with_columns(
         of_largest=pl.Series(largest / max(float(largest.max()), 1e-300)),
         over_median=pl.Series(largest / max(float(np.median(largest)), 1e-300)),
-        super=pl.Series([pair in chosen for pair in table.select("layer", "expert").rows()]),
+        super=pl.Series(["yes" if pair in chosen else "" for pair in table.select("layer", "expert").rows()]),
     )
 
 

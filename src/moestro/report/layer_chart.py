@@ -14,8 +14,8 @@ HEIGHT = 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 38
 WIDTH = 860
 """What the layers may take."""
-COLOURS = 4
-"""Lines of their own colour; more share them."""
+COLOURS, CONTROLS = 4, 2
+"""Lines, and controls, of a look of their own; more share them."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,7 @@ def layer_chart(layers: Sequence[int], lines: Sequence[Line], *, unit: str, zero
         if p % every == 0
     ]
     parts.append(f'<text class="mid" x="{x((len(layers) - 1) / 2):g}" y="{HEIGHT - 4}">layer</text>')
-    colour = 0
-    for line in lines:
-        kind = "control" if line.control else f"line{colour % COLOURS}"
-        colour += not line.control
-        parts.append(_drawn(line, kind, x, y))
+    parts += [_drawn(line, kind, x, y) for line, kind in zip(lines, kinds([line.control for line in lines]))]
     parts += [
         f'<rect class="hit" x="{LEFT + slot * p}" y="{TOP}" width="{slot}" height="{plot}" '
         f'data-tip="{escape(_told(layer, p, lines, unit))}"/>'
@@ -72,6 +68,15 @@ def layer_chart(layers: Sequence[int], lines: Sequence[Line], *, unit: str, zero
         f'<svg class="layers" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}" role="img" '
         f'aria-label="{label}">{"".join(parts)}</svg>'
     )
+
+
+def kinds(controls: Sequence[bool]) -> list[str]:
+    """How each line is drawn: its class in the style sheet, from which of them are controls."""
+    found = []
+    for place, control in enumerate(controls):
+        earlier = sum(c == control for c in controls[:place])
+        found.append(f"control{earlier % CONTROLS}" if control else f"line{earlier % COLOURS}")
+    return found
 
 
 def _told(layer: int, place: int, lines: Sequence[Line], unit: str) -> str:

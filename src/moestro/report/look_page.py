@@ -21,7 +21,7 @@ import polars as pl
 from markupsafe import Markup
 
 from moestro.report import figures
-from moestro.report.layer_chart import COLOURS, Line, layer_chart
+from moestro.report.layer_chart import Line, kinds, layer_chart
 from moestro.report.page import script, templates, visible, write_whole
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 DIGITS = 4
 """Significant digits of numbers in the page; the Parquet files have them all."""
+
+STATIC_ROWS = 60
+"""A longer table of the numbers behind curves is filled when it is opened: elements are what makes a page slow."""
 
 
 def write_look_page(report: LookReport, path: Path) -> None:
@@ -48,6 +51,7 @@ def look_page(report: LookReport) -> str:
         experts=total,
         tokens=sum(report.tokens.values()),
         sections=[(section, [drawn(figure) for figure in section.figures]) for section in report.sections],
+        static_rows=STATIC_ROWS,
         style=Markup(
             environment.get_template("style.jinja").render() + environment.get_template("look_style.jinja").render()
         ),
@@ -93,14 +97,13 @@ def _heat(figure: Heat) -> Drawn:
 def _lines(figure: Lines) -> Drawn:
     table = figure.table
     layers = table["layer"].unique().sort().to_list()
-    lines: list[Line] = []
-    key: list[tuple[str, str]] = []
-    for name in table["series"].unique(maintain_order=True).to_list():
+    names = table["series"].unique(maintain_order=True).to_list()
+    lines = []
+    for name in names:
         rows = {row["layer"]: row for row in table.filter(pl.col("series") == name).to_dicts()}
         values, low, high = ([_number(rows.get(n, {}).get(part)) for n in layers] for part in ("value", "low", "high"))
-        control = name in figure.controls
-        key.append(("control" if control else f"line{sum(not line.control for line in lines) % COLOURS}", name))
-        lines.append(Line(visible(name), values, low, high, control))
+        lines.append(Line(visible(name), values, low, high, name in figure.controls))
+    key = list(zip(kinds([line.control for line in lines]), names, strict=True))
     chart = layer_chart(layers, lines, unit=figure.unit, zero=figure.zero)
     return Drawn("lines", figure, packed(table), chart=chart, key=key)
 
