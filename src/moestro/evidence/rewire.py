@@ -18,7 +18,7 @@ Nothing is tuned. Not tried here, for want of scale: benchmark questions, and ad
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Beside the settings of the paper."""
 
-CONTEXT_GAIN = "nats gained on the context, per token, with the 95% interval over windows"
-FUTURE_GAIN = "nats gained on the text that follows, per token, with the 95% interval over windows"
-FEW_GAIN = "the same with variants, on fewer windows"
+ON_CONTEXT = "nats gained on the context, per token, over windows"
+ON_FUTURE = "nats gained on the text that follows, per token, over windows"
+VARIED = "nats gained on the text that follows by variants, on fewer windows"
+INTERVALS = "the gains on the text that follows with their 95% intervals"
+ANEW = "nats per token of the second and third stretch that adapting anew gains on adapting once, over windows"
 LOSS = "loss on the text that follows without adaptation, nats per token"
 MOVED = "share of tokens and layers whose set of experts changed"
 GOING_ON = "nats gained on C headers by stretch of 96 tokens, with the 95% interval over windows"
@@ -101,35 +103,34 @@ def run(*, count: int = 64, few: int = 32, prompts: int = 64, progress: bool = T
     variants = {(d, v) for d in (*TRAINED, *UNSEEN) for v in VARIANTS if d in ("code", HEADERS) or v == "rate 0.2"}
     variants -= {(SCRIPT, "rate 0.2")}
     rows = Rows()
-    gains: dict[tuple[str, str], NDArray[np.float64]] = {}
-    falls: list[bool] = []
     with warnings.catch_warnings(), progress_bar(progress) as bar:
         warnings.filterwarnings("ignore", message="row .* too few to adapt to")
         task = bar.add_task("adapting", total=len(texts) * 2 + len(variants) + 2)
         for domain, ids in texts.items():
-            on_context, gains[domain, PRINTED] = adapted_gains(rows, view, domain, ids[:count])
-            falls += (on_context > 0).tolist()
-            _add(rows, CONTEXT_GAIN, {"domain": domain}, bootstrap(on_context))
-            _add(rows, FUTURE_GAIN, {"domain": domain}, bootstrap(gains[domain, PRINTED]))
+            on_context, on_future = adapted_gains(rows, view, domain, ids[:count])
+            rows.add(ON_CONTEXT, {"domain": domain}, *on_context)
+            rows.add(ON_FUTURE, {"domain": domain}, *on_future)
+            _add(rows, INTERVALS, {"domain": domain, "adaptation": PRINTED}, bootstrap(on_future))
+            rows.add(VARIED, {"domain": domain, "adaptation": PRINTED}, *on_future[:few])
             bar.advance(task)
         for domain, ids in texts.items():
             others = [{"input_ids": part} for part in ids[count:, :CONTEXT].split(BATCH)]
             bias = fit_bias(view, others, progress=False)
-            gains[domain, STATIC] = _gain(view, ids[:few], lambda _, bias=bias: [bias])[1]  # type: ignore[misc]
+            _add_variant(rows, domain, STATIC, _gain(view, ids[:few], lambda _, bias=bias: [bias])[1])  # type: ignore[misc]
             bar.advance(task)
         for domain, name in sorted(variants):
-            gains[domain, name] = adapt(view, texts[domain][:few], **VARIANTS[name])[1]
+            _add_variant(rows, domain, name, adapt(view, texts[domain][:few], **VARIANTS[name])[1])
             bar.advance(task)
-        for domain in texts:
-            for name in (PRINTED, *VARIANTS, STATIC):
-                if (domain, name) in gains:
-                    found = bootstrap(gains[domain, name][:few])
-                    _add(rows, FEW_GAIN, {"domain": domain, "adaptation": name}, found)
-        later = going_on(rows, view, few)
+        going_on(rows, view, few)
         bar.advance(task)
-        points = answers(rows, view, prompts)
+        answers(rows, view, prompts)
         bar.advance(task)
-    return Evidence(rows=list(rows), claims=claims(gains, falls, later, points, few))
+    return Evidence(rows=list(rows), claims=claims(rows))
+
+
+def _add_variant(rows: Rows, domain: str, name: str, gained: NDArray[np.float64]) -> None:
+    rows.add(VARIED, {"domain": domain, "adaptation": name}, *gained)
+    _add(rows, INTERVALS, {"domain": domain, "adaptation": name}, bootstrap(gained))
 
 
 def _windows(view: Any, domain: str, count: int, length: int = CONTEXT + FUTURE) -> Tensor:
@@ -212,8 +213,8 @@ class _ExpertSets:
         return self.found
 
 
-def going_on(rows: Rows, view: Any, count: int) -> NDArray[np.float64]:
-    """Nats gained by adapting again before the second and the third stretch, over adapting at the beginning alone."""
+def going_on(rows: Rows, view: Any, count: int) -> None:
+    """Adapting again before the second and the third stretch, beside adapting at the beginning alone."""
     ids = _windows(view, HEADERS, count, CONTEXT + STRETCH * STRETCHES)
     rerouter = OnlineRerouter(view)
     gained: dict[str, list[Tensor]] = {"adapted once": [], "adapted anew": []}
@@ -236,11 +237,12 @@ def going_on(rows: Rows, view: Any, count: int) -> NDArray[np.float64]:
     for name, table in values.items():
         for stretch in range(STRETCHES):
             _add(rows, GOING_ON, {"routing": name, "stretch": str(stretch + 1)}, bootstrap(table[:, stretch]))
-    return (values["adapted anew"] - values["adapted once"])[:, 1:].mean(axis=1)
+    later = (values["adapted anew"] - values["adapted once"])[:, 1:].mean(axis=1)
+    rows.add(ANEW, {"domain": HEADERS}, *later)
 
 
-def answers(rows: Rows, view: Any, count: int) -> Interval:
-    """Points of exact match gained by adapting to the prompt."""
+def answers(rows: Rows, view: Any, count: int) -> None:
+    """Exact match with and without adapting to the prompt."""
     rerouter = OnlineRerouter(view)
 
     def generate(**options: Any) -> Tensor:
@@ -252,9 +254,7 @@ def answers(rows: Rows, view: Any, count: int) -> Interval:
         for t in TASKS:
             share = values[[p.task == t for p in prompts]].mean()
             rows.add(EXACT, {"decoding": name, "task": t}, float(share))
-    found = difference(100 * right["adapted"], 100 * right["greedy"])
-    _add(rows, POINTS, {"decoding": "adapted"}, found)
-    return found
+    _add(rows, POINTS, {"decoding": "adapted"}, difference(100 * right["adapted"], 100 * right["greedy"]))
 
 
 def _add(rows: Rows, metric: str, setting: dict[str, str], found: Interval) -> None:
@@ -262,32 +262,29 @@ def _add(rows: Rows, metric: str, setting: dict[str, str], found: Interval) -> N
         rows.add(metric, setting | {"": place}, value)
 
 
-def claims(
-    gains: Mapping[tuple[str, str], NDArray[np.float64]],
-    falls: Sequence[bool],
-    later: NDArray[np.float64],
-    points: Interval,
-    few: int,
-) -> list[Claim]:
+def claims(rows: Rows) -> list[Claim]:
     """What the paper's claims come to here."""
 
-    def in_errors(values: NDArray[np.float64]) -> float:
-        return float(values.mean() / (values.std(ddof=1) / np.sqrt(len(values))))
+    def in_errors(values: Sequence[float]) -> float:
+        return float(np.mean(values) / (np.std(values, ddof=1) / np.sqrt(len(values))))
+
+    def varied(domain: str, name: str) -> list[float]:
+        return rows.values(VARIED, {"domain": domain, "adaptation": name})
 
     def on_headers(name: str) -> float:
-        return float(gains[HEADERS, name][:few].mean())
+        return rows.mean(VARIED, {"domain": HEADERS, "adaptation": name})
 
-    trained = np.concatenate([gains[d, PRINTED][:few] for d in TRAINED])
-    rash = np.concatenate([gains[d, "rate 0.2"] for d in TRAINED])
+    contexts = [gain > 0 for d in (*TRAINED, *UNSEEN) for gain in rows.values(ON_CONTEXT, {"domain": d})]
+    careful, rash = ([v for d in TRAINED for v in varied(d, name)] for name in (PRINTED, "rate 0.2"))
     simple = max(on_headers(name) for name in ("all", "random", "last"))
     return [
         Claim(
-            name="share of contexts whose own loss falls", measured=float(np.mean(falls)), relation=">", needed=FALLS
+            name="share of contexts whose own loss falls", measured=float(np.mean(contexts)), relation=">", needed=FALLS
         ),
         *(
             Claim(
                 name=f"{domain}, never seen: gain on what follows, in standard errors",
-                measured=in_errors(gains[domain, PRINTED]),
+                measured=in_errors(rows.values(ON_FUTURE, {"domain": domain})),
                 relation=">",
                 needed=ERRORS,
             )
@@ -296,7 +293,7 @@ def claims(
         *(
             Claim(
                 name=f"{domain}, trained on: nats lost on what follows",
-                measured=float(-gains[domain, PRINTED].mean()),
+                measured=-rows.mean(ON_FUTURE, {"domain": domain}),
                 relation="<",
                 needed=HARM,
             )
@@ -304,7 +301,7 @@ def claims(
         ),
         Claim(
             name="trained on: nats that a rate of 0.2 loses to 0.05, low end of the interval",
-            measured=difference(trained, rash).low,
+            measured=difference(careful, rash).low,
             relation=">",
             needed=0,
         ),
@@ -319,13 +316,13 @@ def claims(
         ),
         Claim(
             name=f"{HEADERS}: nats that adapting anew gains on adapting once, low end of the interval",
-            measured=bootstrap(later).low,
+            measured=bootstrap(rows.values(ANEW, {"domain": HEADERS})).low,
             relation=">",
             needed=0,
         ),
         Claim(
             name="points of exact match gained by adapting to the prompt, low end of the interval",
-            measured=points.low,
+            measured=rows.mean(POINTS, {"decoding": "adapted", "": "low"}),
             relation=">",
             needed=0,
         ),
