@@ -351,6 +351,17 @@ def test_experts_that_fail_under_replace_leave_no_trace(qwen: moestro.ExpertView
     assert torch.equal(logits_of(qwen.model, INPUTS), before)
 
 
+def test_hooks_hang_where_an_edit_acts_and_nowhere_else(qwen: moestro.ExpertView) -> None:
+    """Every hook costs time at every token."""
+    blocks = [qwen.layer(i).block for i in (1, 2)]
+    with qwen.edits(Gain({(2, 0): 0.5})):
+        assert [tiny.hooks_on(block) for block in blocks] == [0, 1]
+        with qwen.edits(Replace({1: lambda hidden, *_: hidden})):
+            assert [tiny.hooks_on(block) for block in blocks] == [2, 1]
+        assert [tiny.hooks_on(block) for block in blocks] == [0, 1]
+    assert tiny.hooks_on(qwen.model) == 0
+
+
 # --- generate --------------------------------------------------------------------------------------------------------
 
 GREEDY = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
