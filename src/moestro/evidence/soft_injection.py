@@ -1,10 +1,10 @@
-"""A small mixture-of-experts model (4 layers, 8 heads, 8 experts, 2 a token) is trained on rows of seven examples of
+"""A small mixture-of-experts model (4 layers, 8 heads, 8 experts, 2 a token) is trained on rows of eleven examples of
 one of 16 tasks, until it does a task from examples; then a task is put into its heads in their place. A question is a
 pair of symbols (16 of them, 256 pairs). The four families of tasks say what is asked: the first symbol, the last, the
 one after the first in the alphabet, or the one after the last; the four tasks of a family answer in words of their own,
 so that one example tells the task. `quartet` itself could not serve: it has not been trained to follow examples.
 
-- *Learned*, for two tasks of each family: the embedding from 50 prompts of 10 examples; theta in 200 steps of one
+- *Learned*, for two tasks of each family: the embedding from 50 prompts of 10 examples; theta in 100 steps of one
   question each, from 50 questions, chosen by 50 others; measured on 156 that are in neither. Three models, from
   different seeds.
 - *Baselines* on the same questions: no example; 5 and 10 examples; all heads replaced (alpha = 1) and all half (0.5);
@@ -14,6 +14,9 @@ so that one example tells the task. `quartet` itself could not serve: it has not
   beside the 8 with the largest alpha and the 8 with the smallest.
 - *Transfer*: one task's theta with another task's own embedding, on that task, within families and between.
 - *Intervals* are over the 24 tasks of the three models (bootstrap, 95%).
+
+A trial run trained on rows of seven examples, so that ten were more than the model had seen; they were made eleven, and
+the steps on theta halved to keep within minutes, before the run recorded here. Claims and thresholds stayed.
 
 Not tried here, for want of scale: natural language, where examples leave more to be wished for, and whole answers: an
 answer is one token here.
@@ -64,7 +67,7 @@ SOURCES = (
     "evidence/base.py",
     "models/lm.py",
 )
-QUICK = {"seeds": 1, "steps": 50, "measured_tasks": 4}
+QUICK = {"seeds": 1, "training_steps": 150, "steps": 20}
 NOT_SHOWN: dict[str, str] = {}
 
 # Thresholds, stated before the first run; in points of accuracy.
@@ -80,7 +83,7 @@ FAMILIES = {"first": (0, 0), "last": (1, 0), "after first": (0, 1), "after last"
 """{family: (which symbol of the pair, how far to go on in the alphabet)}"""
 LANGUAGES = 4
 ARROW, END, START = (SYMBOLS * (1 + len(FAMILIES) * LANGUAGES) + i for i in range(3))
-SHOWN = 7  # examples in a row of training
+SHOWN = 11  # pairs in a row of training: up to ten examples
 TRAIN, VALIDATION = 50, 50
 COUNTS = (1, 2, 4, 8, 16)
 TOP = 8
@@ -137,14 +140,12 @@ def rules() -> list[Rule]:
     return found
 
 
-def run(
-    *, seeds: int = 3, training_steps: int = 250, steps: int = 200, measured_tasks: int = 8, progress: bool = True
-) -> Evidence:
+def run(*, seeds: int = 3, training_steps: int = 200, steps: int = 100, progress: bool = True) -> Evidence:
     """Train, learn the injections and measure, seed by seed.
 
     Raises ValueError where a model does not learn from examples.
     """
-    tasks = rules()[:: 16 // measured_tasks]
+    tasks = rules()[::2]
     rows, found = Rows(), dict[str, list[float]]()
     within: list[float] = []
     between: list[float] = []
@@ -176,7 +177,7 @@ def run(
     return Evidence(rows=list(rows), claims=claims(found, gains, within, between))
 
 
-def trained(seed: int, steps: int, batch_rows: int = 64) -> MoELMForCausalLM:
+def trained(seed: int, steps: int, batch_rows: int = 40) -> MoELMForCausalLM:
     """A model trained on rows of examples; the answers alone are its targets."""
     torch.manual_seed(seed)
     model = MoELMForCausalLM(MoELMConfig(**SIZE))
@@ -331,7 +332,7 @@ def _transfer(
             cells.setdefault((source.family, target.family), []).append(accuracy)
         own = [a for target, a in scored if target.family == source.family]
         others = [a for target, a in scored if target.family != source.family]
-        within.append(fmean(own) if own else float("nan"))
+        within.append(fmean(own))
         between.append(fmean(others))
     for (source_family, target_family), values in cells.items():
         rows.add(MATRIX, {"heads of": source_family, "task": target_family}, fmean(values))
@@ -368,8 +369,7 @@ def claims(
     found: dict[str, list[float]], gains: dict[str, Interval], within: list[float], between: list[float]
 ) -> list[Claim]:
     """What the paper's claims come to here."""
-    measured = [(w, b) for w, b in zip(within, between, strict=True) if w == w]
-    family = difference(*zip(*measured)) if measured else Interval(*[float("nan")] * 3)
+    family = difference(within, between)
     wrong = bootstrap(found[WRONG], found[SOFT], statistic=_ratio_of_means)
     return [
         Claim(
