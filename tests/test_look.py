@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import moestro
+import tiny
 from moestro import cli
 from moestro.analyze.expert_cache import Requests
 from moestro.analyze.retrieval_heads import Answers, RetrievalScores
@@ -197,6 +198,30 @@ def test_a_cache_is_simulated_on_the_beginnings_of_whole_texts(monkeypatch) -> N
     assert len(taken.tokens) == 24
     assert taken.tokens.position.tolist() == [*range(100, 108)] * 3
     assert len(taken.experts[0]) == 24
+
+
+def test_a_streamed_model_is_looked_at_all_the_same(quartet, no_heads) -> None:
+    whole, streamed = (pipeline.look("quartet", DATA, stream=stream, **SMALL) for stream in (False, True))
+    assert "streamed" in streamed.section("super-experts").absent
+    mine, theirs = (r.section("load").figures[0].table["tokens"].to_numpy() for r in (whole, streamed))
+    assert mine.sum() == theirs.sum()
+    assert np.abs(mine - theirs).sum() < 0.05 * mine.sum()  # bf16 on two experts backends
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_other_families_are_looked_at(quartet, family, tmp_path) -> None:
+    """Sigmoid routing with shared experts and a dense first layer; routing without a softmax over all."""
+    view = moestro.open(tiny.make(family, vocab_size=6144).model, tokenizer=quartet.tokenizer)
+    report = pipeline.look(view, DATA, out=tmp_path / "look", **SMALL)
+    assert not report.section("super-experts").absent
+    if family == "deepseek_v3":
+        assert report.layers.keys() == {1, 2}
+        profile = json.loads((tmp_path / "look" / "routing_profile.json").read_text())
+        assert profile["logical_count"][0] == [0] * 8
+        assert all(map(sum, profile["logical_count"][1:]))
+        shared = report.section("super-experts").figures[0].table.filter(pl.col("expert") == -1)
+        assert shared["layer"].to_list() == [1, 2]
+        assert (shared["largest"] > 0).all()
 
 
 # ------------------------------------------------------------------------------------------------ the page

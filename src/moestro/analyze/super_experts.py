@@ -124,6 +124,17 @@ def profile_outputs(
     scores: dict[int, Score] = {layer.index: layer.rule.score if layer.rule else "softmax" for layer in view.layers}
     observers: list[Observer] = [peaks, SinkScoreMeans(scores, sink=sink), *([ResidualPeaks()] if residual else [])]
 
+    with seeing_shared(view, peaks):
+        (routed, shared), sinks, *stream = view.observe(
+            data, observers, progress=progress, description="largest outputs"
+        )
+    return OutputProfile(routed, shared, stream[0] if stream else None, sinks)
+
+
+@contextmanager
+def seeing_shared(view: Any, peaks: OutputPeaks) -> Iterator[None]:
+    """Inside the block `peaks` sees what shared experts give, beside the events that it is observing."""
+
     def see(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if view.batch is not None:
             peaks.update_shared(layer, view.batch, args[0] if args else next(iter(kwargs.values())), out)
@@ -133,10 +144,7 @@ def profile_outputs(
             if layer.shared is not None:
                 hook = layer.shared.register_forward_hook(partial(see, layer.index), with_kwargs=True)
                 undo.callback(hook.remove)
-        (routed, shared), sinks, *stream = view.observe(
-            data, observers, progress=progress, description="largest outputs"
-        )
-    return OutputProfile(routed, shared, stream[0] if stream else None, sinks)
+        yield
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from moestro.analyze.co_activation import CoActivation, Together
 from moestro.analyze.expert_cache import Requests, RoutedTexts
@@ -21,7 +20,7 @@ from moestro.analyze.layer_states import LastTokens
 from moestro.analyze.massive_activations import ResidualPeaks
 from moestro.analyze.output_peaks import OutputPeaks
 from moestro.analyze.profiles import Profiles, TextProfiles
-from moestro.analyze.super_experts import OutputProfile, SinkScoreMeans
+from moestro.analyze.super_experts import OutputProfile, SinkScoreMeans, seeing_shared
 from moestro.data import TokenBatches
 from moestro.routing import Score
 from moestro.view.events import MoEEvent
@@ -119,12 +118,13 @@ def collect(
     if "outputs" not in refused:
         observers |= {name: Filtered(o, layers) for name, o in extra.items() if name not in refused}
     start = time.perf_counter()
-    with _shared_outputs(view, peaks, layers):
+    with nullcontext() if "outputs" in refused else seeing_shared(view, peaks):
         results = view.observe(batches, list(observers.values()), progress=progress, description="looking")
     found = dict(zip(observers, results, strict=True))
     outputs = None
     if "outputs" not in refused:
         routed, shared = found.pop("outputs")
+        shared = {layer: peaks for layer, peaks in shared.items() if layer in layers}
         outputs = OutputProfile(routed, shared, found.pop("residual", None), found.pop("sinks"))
     samples = found["profiles"].samples
     return Collected(
@@ -155,23 +155,3 @@ def _refused(view: Any, batches: TokenBatches, observers: dict[str, Any]) -> dic
             if len(names) > 1:
                 break
     return refused
-
-
-@contextmanager
-def _shared_outputs(view: Any, peaks: OutputPeaks, layers: Collection[int]) -> Iterator[None]:
-    """Tell `peaks` what the shared experts give."""
-
-    def see(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if view.batch is not None:
-            peaks.update_shared(layer, view.batch, args[0] if args else next(iter(kwargs.values())), out)
-
-    hooks = [
-        layer.shared.register_forward_hook(partial(see, layer.index), with_kwargs=True)
-        for layer in view.layers
-        if layer.shared is not None and layer.index in layers and not view.streamed
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

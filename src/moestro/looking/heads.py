@@ -35,6 +35,10 @@ def heads_section(seen: Collected, *, progress: bool = True) -> Section:
         view.heads  # noqa: B018  verified when first asked for
         context = getattr(view.model.config.get_text_config(), "max_position_embeddings", None) or LENGTHS[-1]
         lengths = [n for n in LENGTHS if n + NEW_TOKENS <= context][:2]
+        if not lengths:
+            raise ValueError(
+                f"the model has {context} positions, and the shortest prompt takes {LENGTHS[0] + NEW_TOKENS}"
+            )
         needles = code_needles(view.tokenizer, NEEDLES, tokens=ANSWER, seed=seen.seed)
         runs = needle_runs(view.tokenizer, haystack(seen), needles, lengths=lengths, depths=DEPTHS, seed=seen.seed)
         scores = retrieval_scores(view, runs, max_new_tokens=NEW_TOKENS, progress=progress)

@@ -46,8 +46,9 @@ def outliers_section(seen: Collected) -> Section:
             name="largest-outputs",
             title="Largest output of every expert",
             read="The colour is the largest entry of any output of the expert, before its gate weight, beside the "
-            "largest of all experts: a super expert is a lone dark cell in the first layers.",
-            table=table.filter(pl.col("expert") >= 0),
+            "largest of all experts: a super expert is a lone dark cell in the first layers"
+            + ("; column −1 is the shared expert." if profile.shared else "."),
+            table=table,
             row="layer",
             column="expert",
             value="of_largest",
