@@ -14,7 +14,8 @@
 - *Measured* on pictures that were not trained on, with sentences, facts and pictures other than those of fine-tuning.
   Two kinds of perturbation are in no training: text as of a scanner, and a drawn screen. A caption that names the
   right digit is the control that tells words from what they say. ± is the standard deviation over seeds.
-- *Adversary*: by how much the noise of one kind or another raises the base model's loss.
+- *Adversary*: by how much the noise of one kind or another raises the base model's loss. Rows it may not touch keep
+  their embeddings exactly; their logits, but for the rounding of experts that serve other tokens beside them.
 - *Routing*: the image tokens come after the caption, so that text can move their experts. Divergence of their routing
   from that without a caption, under one that names a wrong digit, beside one that names the right one.
 
@@ -91,7 +92,7 @@ BOTH_LOSS = 0.02  # accuracy
 ALMOST_UNCHANGED = 0.25  # of what perturbed copies gain
 
 CAPTIONED, CAPTION_RIGHT = 0.8, 0.9
-BASE_RATE, RATE, BASE_ROWS, ROWS = 3e-3, 1e-3, 64, 32
+BASE_RATE, RATE, BASE_ROWS, ROWS = 3e-3, 2e-3, 64, 32
 ADVERSARY = PGD(alpha=0.1, eps=0.05, steps=2)
 FACTS = 2
 
@@ -134,11 +135,11 @@ UNPERTURBED = "accuracy without a perturbation"
 RISE = "loss of the base model raised by noise in the embeddings, nats"
 MOVED = "divergence of the image tokens' routing from that without a caption, nats, mean over layers"
 ENDS = "95% intervals over questions"
-TOUCHED = "largest change that the adversary makes to an embedding of a question that needs both inputs"
+TOUCHED = "largest change that the adversary makes in questions that need both inputs"
 
 
 def run(
-    *, seeds: int = 3, base_steps: int = 500, steps: int = 60, tested: int = 240, progress: bool = True
+    *, seeds: int = 3, base_steps: int = 500, steps: int = 60, tested: int = 200, progress: bool = True
 ) -> Evidence:
     """Train a base model for each seed, fine-tune it in every way, diagnose all of them, and hold the claims."""
     rows = Rows()
@@ -269,8 +270,8 @@ def _add_misleading(rows: Rows, name: str, found: Interference) -> None:
 
 def measure_noise(rows: Rows, model: vlm.DigitVLM, asked: dict[int, list[Question]]) -> None:
     """What the search finds beyond its random start, and that it leaves questions to both inputs alone."""
-    kinds = [kind for kind in KINDS for _ in range(32)]
-    batch = vlm.collate([q for kind in KINDS for q in asked[kind][:32]], kinds)
+    chosen = [(q, kind) for kind in KINDS for q in asked[kind][:32]]
+    batch = vlm.collate([q for q, _ in chosen], [kind for _, kind in chosen])
     adversaries: dict[str, PGD | Gaussian] = {
         "random": replace(ADVERSARY, steps=0),
         "raw gradient, eps 0.001": PGD(),
@@ -333,7 +334,7 @@ def claims(rows: Rows) -> list[Claim]:
     by_both = ratio(accuracy(BOTH_ONLY) - accuracy(BASE), accuracy(COPIES) - accuracy(BASE))
     more_changed = changed(FULL) - min(changed(name) for name in ARMS)
     lost_on_both = clean(BASE, "both") - clean(FULL, "both")
-    touched = max(max(rows.values(TOUCHED, {"of": of})) for of in ("embedding", "logit"))
+    touched = max(rows.values(TOUCHED, {"of": "embedding"}))
     above = accuracy(FULL) - accuracy(COPIES)
     stated: list[tuple[str, float, str, float]] = [
         ("base: accuracy lost to misleading text", lost, ">=", FLAW),
@@ -343,6 +344,6 @@ def claims(rows: Rows) -> list[Claim]:
         ("full recipe: perturbed accuracy above that of copies alone", above, ">=", -NO_WORSE),
         ("full recipe: share of answers changed above the fewest of all", more_changed, "<=", CLOSE),
         ("full recipe: accuracy lost on questions to both inputs", lost_on_both, "<=", BOTH_LOSS),
-        ("adversary: what it changes in questions to both inputs", touched, "<=", 0),
+        ("adversary: what it changes in the embeddings of questions to both inputs", touched, "<=", 0),
     ]
     return [Claim(name=n, measured=m, relation=r, needed=t) for n, m, r, t in stated]  # type: ignore[arg-type]
