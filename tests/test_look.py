@@ -157,8 +157,14 @@ def test_each_section_says_how_to_read_it_and_what_it_found(looked) -> None:
             assert figure.title
 
 
-def test_layers_can_be_chosen(quartet, no_heads) -> None:
-    report = pipeline.look(quartet, DATA, layers=[4, 1], **SMALL)
+def test_layers_can_be_chosen_and_an_old_look_is_replaced(quartet, no_heads, tmp_path) -> None:
+    for old in (pipeline.PAGE, "stale.parquet"):
+        (tmp_path / old).write_text("old")
+    report = pipeline.look(quartet, DATA, layers=[4, 1], out=tmp_path, overwrite=True, **SMALL)
+    assert (tmp_path / pipeline.PAGE).stat().st_size > 10_000
+    assert not (tmp_path / "stale.parquet").exists()
+    profile = json.loads((tmp_path / "routing_profile.json").read_text())
+    assert [bool(sum(row)) for row in profile["logical_count"]] == [False, True, False, False, True, False]
     assert report.layers == {1: 32, 4: 32}
     for figure in report.figures:
         if "layer" in figure.table.columns:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -32,6 +32,7 @@ from moestro.looking.pairs import pairs_section
 from moestro.looking.result import LookReport, Section
 from moestro.report import write_look_page
 from moestro.view.checkpoint import complete_directory
+from moestro.view.observe import progress_bar
 
 DEFAULT_MODEL = "quartet"
 DEFAULT_DATA = ("embedded",)
@@ -39,6 +40,17 @@ PAGE = "look.html"
 BATCH_TOKENS = 8192
 REFERENCES = ("english", "en", "ui-en")
 """Domains that other languages are compared with where none is named, first of these; else the one of most tokens."""
+
+SECTIONS: tuple[Callable[[Collected], Section], ...] = (
+    load_section,
+    specialisation_section,
+    divergence_section,
+    pairs_section,
+    locality_section,
+    depth_section,
+    outliers_section,
+)
+"""What the one pass tells; the retrieval heads, which need a pass of their own, and the routing profile follow."""
 
 
 def look(
@@ -130,17 +142,9 @@ def check_reference(batches: TokenBatches, reference: str | None) -> str:
 def conclude(model: Any, seen: Collected, *, progress: bool = True) -> LookReport:
     """What was collected, as sections."""
     view, profiles = seen.view, seen.profiles
-    sections: list[Section] = [
-        load_section(seen),
-        specialisation_section(seen),
-        divergence_section(seen),
-        pairs_section(seen),
-        locality_section(seen),
-        depth_section(seen),
-        outliers_section(seen),
-        heads_section(seen, progress=progress),
-        profile_section(seen),
-    ]
+    with progress_bar(progress) as bar:
+        sections = [section(seen) for section in bar.track(SECTIONS, description="concluding")]
+    sections += [heads_section(seen, progress=progress), profile_section(seen)]
     path = model if isinstance(model, str | Path) else getattr(view.model.config, "_name_or_path", "")
     return LookReport(
         model=str(path) or type(view.model).__name__,
