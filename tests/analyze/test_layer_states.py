@@ -166,5 +166,7 @@ def test_what_has_no_such_state_is_refused(tokenizer, texts: list[str]) -> None:
     model.model.layers[1] = model.model.layers[0]
     with pytest.raises(ValueError, match="ran"):
         layer_states(model, tokenizer, texts)
+    with pytest.raises(ValueError, match=r"decoder layer 0 hands on \(4, 14, \d, 96\), which is not \[B, T, H\]"):
+        layer_states(tiny.make("deepseek_v4").model, tokenizer, texts)  # several residual streams
     with pytest.raises(ValueError, match="site='residual'"):
         LastTokens("residual")
