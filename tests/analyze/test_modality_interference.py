@@ -11,6 +11,7 @@ import tiny
 from moestro.analyze import modality_interference as inter
 from moestro.analyze.profiles import TextProfiles
 from moestro.analyze.questions import Question, decision
+from moestro.evidence import modality_interference as evidence
 
 CHOICES = ("cat", "dog", "owl", "bee")
 
@@ -149,6 +150,41 @@ def test_text_moves_the_routing_of_what_comes_after_it_and_nothing_before() -> N
         inter.routing_shift(
             clean, view.observe([torch.cat([first, kept], 1)], [TextProfiles()], progress=False)[0], again
         )
+
+
+def test_what_is_fine_tuned_on_is_not_what_is_tested_on() -> None:
+    learned, tested = evidence.vlm.split(3)
+    assert not {p.tobytes() for p in learned.images} & {p.tobytes() for p in tested.images}
+    asked = evidence.vlm.questions(evidence.IMAGE_HEAVY, learned, 20, seed=0)
+    templates = {"learned": evidence.vlm.TRAINED_TEXTS, "tested": evidence.vlm.TESTED_TEXTS}
+    assert not {*templates["learned"]} & {*templates["tested"]}
+    for part, own in templates.items():
+        made = inter.perturb(asked, evidence.suites(part, learned)[evidence.IMAGE_HEAVY]["misleading"])
+        for question, towards in zip(*made):
+            said = question.text.split(" <image>")[0]
+            assert said in {text.format(question.choices[towards]) for text in own}
+    assert [*evidence.suites("learned", learned)[evidence.TEXT_HEAVY]] == [*evidence.CLAIMED[evidence.TEXT_HEAVY]]
+
+
+def test_captions_of_the_base_model_are_right_as_often_as_it_is_said() -> None:
+    rng, (learned, _) = np.random.default_rng(0), evidence.vlm.split(0)
+    made = [evidence._as_found(evidence.IMAGE_HEAVY, learned, rng) for _ in range(600)]
+    captions = [(q.text.split("<image>")[0].split(), q.right) for q in made if not q.text.startswith("<image>")]
+    assert len(captions) / 600 == pytest.approx(evidence.CAPTIONED, abs=0.06)
+    assert np.mean([right in words for words, right in captions]) == pytest.approx(evidence.CAPTION_RIGHT, abs=0.04)
+
+
+def test_the_image_tokens_alone_are_profiled() -> None:
+    torch.manual_seed(0)
+    model = evidence.vlm.DigitVLM(hidden=16).eval()
+    asked = evidence.vlm.questions(evidence.IMAGE_HEAVY, evidence.vlm.split(0)[0], 3, seed=0)
+    profiles = evidence.profiles_of_pictures(model, asked)
+    assert profiles.tokens.tolist() == [16.0] * 3
+    other = [q.given("image", 1 - q.sources["image"]) for q in asked]
+    behind = [evidence.replace(q, text=q.text + " plus two") for q in asked]
+    moved, same = (evidence.profiles_of_pictures(model, questions) for questions in (other, behind))
+    assert not torch.allclose(moved.importance[0], profiles.importance[0], atol=1e-4)
+    torch.testing.assert_close(same.importance[2], profiles.importance[2], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

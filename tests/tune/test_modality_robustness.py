@@ -82,7 +82,7 @@ def test_the_adversary_leaves_rows_that_need_both_inputs_alone(model, adversary)
     assert (noise.abs().sum(dim=2) > 0).equal(mask)
     clean, hard = mr.answers(model, batch), mr.answers(model, batch, noise)
     # experts round by how many tokens they serve at once
-    torch.testing.assert_close(hard.logits[2:], clean.logits[2:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(hard.logits[2:], clean.logits[2:], rtol=0, atol=1e-5)
     assert (hard.logits[:2] != clean.logits[:2]).any(dim=1).all()
     if isinstance(adversary, mr.PGD):
         assert noise.abs().max() <= adversary.eps
