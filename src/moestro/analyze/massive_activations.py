@@ -25,7 +25,7 @@ MIN_OVER_MEDIAN = 1000.0
 GROWTH = 0.1
 TOP = 3
 MEDIAN_ENTRIES = 2**20
-"""The median of a batch is that of so many entries at most."""
+"""The median of a batch is that of so many entries at most: of every second token, every third, and so on."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ class ResidualPeaks:
         ties = (per_token == per_token.max()).nonzero().flatten()
         row = int(ties[((tokens.sample << 32) + tokens.position)[ties].argmin()])
         value, channel = stream[row].float().topk(min(TOP, stream.shape[1]))
-        step = -(-stream.numel() // MEDIAN_ENTRIES)
-        median = stream.flatten()[::step].float().median()
+        median = stream[:: -(-stream.numel() // MEDIAN_ENTRIES)].float().median()
         sample, position, token = (int(t[row]) for t in (tokens.sample, tokens.position, tokens.id))
         found = ResidualPeak(value.cpu(), channel.cpu(), sample, position, token, float(median), len(tokens))
         self._join(event.layer, found)

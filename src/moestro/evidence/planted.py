@@ -28,6 +28,8 @@ from moestro.view.experts_family import read_family
 BOS = 1
 CHANNEL = 5
 MARGIN, EXCITATION, MAGNITUDE = 2.0, 8.0, 2000.0
+SHARPNESS = 2.0
+"""Of the language head, so that a random model has something to lose."""
 PLANTED: Chosen = frozenset({(1, 3), (2, 9), (3, 0)})
 EXPERTS = 16
 HIDDEN = 64
@@ -82,6 +84,8 @@ def planted_model(family: str, seed: int, members: Collection[tuple[int, int]] =
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         view = opening.open(AutoModelForCausalLM.from_config(FAMILIES[family]()).eval())
+    with torch.no_grad():
+        view.model.lm_head.weight.mul_(SHARPNESS)
     for layer, expert in sorted(members):
         _plant(view, layer, expert)
     return view
