@@ -108,6 +108,14 @@ def test_loads_are_those_of_plain_counting(counted, looked) -> None:
         assert sorted(order) == list(range(32))
 
 
+def test_an_expert_that_serves_nothing_is_named(quartet, no_heads) -> None:
+    with quartet.edits(moestro.SwitchOff({(2, 5), (2, 6), (4, 0)})):
+        report = pipeline.look(quartet, ["embedded:code"], **SMALL)
+    assert report.section("load").findings[0].startswith("3 of 192 experts served no token")
+    named = report.section("load").figures[2].table
+    assert {row["layer"]: row["dead"] for row in named.to_dicts() if row["dead"]} == {2: "5–6", 4: "0"}
+
+
 def test_shares_by_domain_are_those_of_plain_counting(counted, looked) -> None:
     report, out = looked
     counts, domains = counted

@@ -11,7 +11,9 @@ from moestro import stats
 from moestro.analyze.load_balance import UNDER_USED, evenness, gini
 from moestro.looking.collect import Collected
 from moestro.looking.result import SERIES, Heat, Lines, Listing, Section
+from moestro.report.figures import ranges
 
+STATES = ("dead", "under-used", "overloaded")
 OVERLOADED = 3.0
 """Times the mean load of its layer from which an expert is called overloaded. Our choice."""
 SHARES = (0.5, 0.8, 0.95)
@@ -23,18 +25,18 @@ HOT = 0.25
 def load_section(seen: Collected) -> Section:
     """Load of every expert, dead and overloaded ones by name, evenness of every layer."""
     table = load_table(seen)
-    states = {state: table.filter(pl.col("state") == state) for state in ("dead", "under-used", "overloaded")}
+    states = {state: table.filter(pl.col("state") == state) for state in STATES}
     texts = len(seen.profiles)
     findings = [
-        f"{len(states['dead'])} of {len(table):,} experts served no token. With {texts:,} texts seen, fewer than "
-        f"{min(1.0, 3 / texts):.2%} of texts like these reach such an expert (95% confidence)."
+        f"{len(states['dead']):,} of {len(table):,} experts served no token. With {texts:,} texts seen, each of them "
+        f"is reached by fewer than {min(1.0, 3 / texts):.2%} of texts like these (95% confidence)."
         if len(states["dead"])
         else f"All {len(table):,} experts served tokens."
     ]
     busiest = table.sort("load", descending=True).row(0, named=True)
     findings.append(
-        f"{len(states['overloaded'])} carry more than {OVERLOADED:g} times and {len(states['under-used'])} less than "
-        f"{UNDER_USED:g} times the mean load of their layer; the busiest is expert {busiest['expert']} of layer "
+        f"{len(states['overloaded']):,} carry more than {OVERLOADED:g} times and {len(states['under-used']):,} less "
+        f"than {UNDER_USED:g} times the mean load of their layer; the busiest is expert {busiest['expert']} of layer "
         f"{busiest['layer']} with {busiest['load']:.1f} times."
     )
     even, intervals = evenness_table(seen)
@@ -42,7 +44,7 @@ def load_section(seen: Collected) -> Section:
     findings.append(
         f"The load is least even in layer {lowest}: entropy {intervals[lowest]} of 1 (95% interval over texts)."
     )
-    named = table.filter(pl.col("state") != "")
+    named = _named(table)
     heat = Heat(
         name="load",
         title="Load of every expert",
@@ -68,12 +70,22 @@ def load_section(seen: Collected) -> Section:
     )
     listed = Listing(
         name="load-named",
-        title="Dead, under-used and overloaded experts",
+        title="Dead, under-used and overloaded experts, by number",
         read=f"An expert is dead with no token, under-used below {UNDER_USED:g} times and overloaded above "
         f"{OVERLOADED:g} times its layer's mean load.",
-        table=named.sort("load"),
+        table=named,
+        shown=128,
     )
     return Section("load", "Load: who does the work", tuple(findings), (heat, lines, *([listed] if len(named) else [])))
+
+
+def _named(table: pl.DataFrame) -> pl.DataFrame:
+    """One line for each layer that has such experts: their numbers, by state."""
+    rows = []
+    for (layer,), part in table.filter(pl.col("state") != "").group_by("layer", maintain_order=True):
+        numbers = [ranges(part.filter(pl.col("state") == state)["expert"].to_list()) for state in STATES]
+        rows.append((layer, *numbers))
+    return pl.DataFrame(rows, schema=["layer", *(state.replace("-", "_") for state in STATES)], orient="row")
 
 
 def load_table(seen: Collected) -> pl.DataFrame:
@@ -82,7 +94,7 @@ def load_table(seen: Collected) -> pl.DataFrame:
     for layer, counts in seen.profiles.counts.items():
         tokens = counts.sum(dim=0)
         load = tokens / tokens.mean().clamp_min(1e-300)
-        state = np.select([tokens == 0, load < UNDER_USED, load > OVERLOADED], ["dead", "under-used", "overloaded"], "")
+        state = np.select([tokens == 0, load < UNDER_USED, load > OVERLOADED], STATES, "")
         parts.append(
             pl.DataFrame(
                 {

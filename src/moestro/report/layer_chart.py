@@ -14,6 +14,8 @@ HEIGHT = 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 38
 WIDTH = 860
 """What the layers may take."""
+SMALL = 480
+"""A chart up to this width shrinks to fit a phone; a wider one scrolls sideways."""
 COLOURS, CONTROLS = 4, 2
 """Lines, and controls, of a look of their own; more share them."""
 
@@ -64,8 +66,9 @@ def layer_chart(layers: Sequence[int], lines: Sequence[Line], *, unit: str, zero
         for p, layer in enumerate(layers)
     ]
     label = escape(f"{', '.join(line.label for line in lines)}, by layer; the table below has the numbers")
+    look = "layers small" if width <= SMALL else "layers"
     return Markup(
-        f'<svg class="layers" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}" role="img" '
+        f'<svg class="{look}" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}" role="img" '
         f'aria-label="{label}">{"".join(parts)}</svg>'
     )
 
