@@ -393,6 +393,14 @@ def test_prompts_do_not_touch_each_other(known: Any) -> None:
     assert_close(together.losses, apart.losses, **FP32)
 
 
+def test_pathways_of_a_bf16_model_are_found_in_fp32() -> None:
+    view = moestro.open(tiny.build("qwen3_moe", dtype=torch.bfloat16, num_hidden_layers=3).model)
+    found = oracle(view, PROMPTS, [[5]] * len(PROMPTS), rates=(0.05, 1e-3), **QUIET)
+    assert all(omega.dtype == torch.float32 and bool(omega.isfinite().all()) for omega in found.omega.values())
+    assert found.losses[:, -1].mean() < found.losses[:, 0].mean()
+    assert generate(view, found, max_new_tokens=2, pad_token_id=0).shape == (len(PROMPTS), 2)
+
+
 def test_the_surrogate_is_the_weighted_loss_of_the_neighbours(known: Any) -> None:
     view, references, questions = known
     near = Neighbours(torch.tensor([[0, 4]]), torch.tensor([[0.25, 0.75]]))
