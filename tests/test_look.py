@@ -195,7 +195,7 @@ def test_heads_are_measured_on_prompts_that_did_not_choose_them() -> None:
     assert section.findings[0].startswith("2 of 8 heads")
     assert "The 2 heads found on one half" in section.findings[1]
     assert "all other heads 0 [0, 0]" in section.findings[1]
-    assert section.passes == "a second pass"
+    assert section.note == "a second pass"
     best = section.figures[1].table.row(0, named=True)
     assert (best["layer"], best["head"]) == (0, 2)
     assert len(scored_section(scores_of({}), "").findings) == 1

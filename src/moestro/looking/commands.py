@@ -41,8 +41,9 @@ def look(
 ) -> None:
     """See what every expert of a mixture-of-experts model does with your texts: one pass, one page.
 
-    Load, specialisation by domain, experts that work together, and a routing profile for runtimes that keep hot
-    experts on the fast device; every finding beside its control.
+    Load, specialisation by domain, divergence from a reference, experts that work together, what a cache of experts
+    would find, the depth at which domains can be read off, super experts, retrieval heads, and a routing profile for
+    runtimes that keep hot experts on the fast device; every finding beside its control or interval.
 
     Examples:
 

@@ -32,7 +32,6 @@ def heads_section(seen: Collected, *, progress: bool = True) -> Section:
     if view.streamed:
         return _absent("Answers are not generated while a model is streamed from disk.")
     try:
-        view.heads  # noqa: B018  verified when first asked for
         context = getattr(view.model.config.get_text_config(), "max_position_embeddings", None) or LENGTHS[-1]
         lengths = [n for n in LENGTHS if n + NEW_TOKENS <= context][:2]
         if not lengths:
@@ -51,10 +50,8 @@ def heads_section(seen: Collected, *, progress: bool = True) -> Section:
             f"{LEAST_ANSWERED} are the least. Each hides a random code in a text and asks for it, which small models "
             "seldom can answer."
         )
-    passes = PASS.format(
-        runs=len(runs), lengths=" and ".join(map(str, lengths)), answer=ANSWER, reference=seen.reference
-    )
-    return scored_section(scores, passes, seed=seen.seed)
+    note = PASS.format(runs=len(runs), lengths=" and ".join(map(str, lengths)), answer=ANSWER, reference=seen.reference)
+    return scored_section(scores, note, seed=seen.seed)
 
 
 def haystack(seen: Collected) -> list[str]:
@@ -70,7 +67,7 @@ def haystack(seen: Collected) -> list[str]:
     ]
 
 
-def scored_section(scores: RetrievalScores, passes: str, *, seed: int = 0) -> Section:
+def scored_section(scores: RetrievalScores, note: str, *, seed: int = 0) -> Section:
     """The section of a model that answers."""
     table = scores.table()
     heads = scores.heads()
@@ -104,7 +101,7 @@ def scored_section(scores: RetrievalScores, passes: str, *, seed: int = 0) -> Se
         "all.",
         table=table.head(12),
     )
-    return Section("heads", TITLE, tuple(findings), (heat, listing), passes=passes)
+    return Section("heads", TITLE, tuple(findings), (heat, listing), note=note)
 
 
 def _on_other_runs(scores: RetrievalScores, seed: int) -> tuple[stats.Interval, stats.Interval, int] | None:

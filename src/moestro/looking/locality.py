@@ -94,7 +94,7 @@ def locality_section(seen: Collected) -> Section:
         TITLE,
         tuple(findings),
         tuple(figures),
-        passes=f"Caches are simulated on the first {SIMULATED_LENGTH} tokens at most of {texts} of the texts.",
+        note=f"Caches are simulated on the first {SIMULATED_LENGTH} tokens at most of {texts} of the texts.",
     )
 
 

@@ -84,8 +84,8 @@ class Section:
     figures: tuple[Figure, ...] = ()
     absent: str = ""
     """Why there is nothing to show, and what would change that; empty where there is."""
-    passes: str = ""
-    """Said where the section needed a pass of its own."""
+    note: str = ""
+    """What else must be known: another pass, a part of the texts."""
 
 
 @dataclass(frozen=True)
