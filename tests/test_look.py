@@ -301,10 +301,14 @@ def test_one_domain_says_what_it_cannot_show(quartet, no_heads) -> None:
     assert "absent" in look_page(report)
 
 
-def test_a_single_short_text_is_looked_at(quartet) -> None:
-    report = pipeline.look(quartet, [{"text": "three words only"}], progress=False)
+@pytest.mark.parametrize("text", ["three words only", "and many more words than that, " * 12])
+def test_a_single_text_is_looked_at(quartet, text) -> None:
+    report = pipeline.look(quartet, [{"text": text}], progress=False)
     assert report.texts == 1
-    assert "tokens" in report.section("locality").absent
+    said = " ".join(finding for section in report.sections for finding in section.findings)
+    assert "nan" not in said
+    assert "None" not in said
+    assert bool(report.section("locality").absent) == (text == "three words only")
     assert not Page(look_page(report)).wrong
 
 

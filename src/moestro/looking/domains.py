@@ -7,7 +7,7 @@ import polars as pl
 
 from moestro.analyze.specialisation import Specialisation, specialisation, specialists
 from moestro.looking.collect import Collected
-from moestro.looking.result import SERIES, Heat, Lines, Listing, Section
+from moestro.looking.result import SERIES, Figure, Heat, Lines, Listing, Section
 
 ALPHA = 0.05
 TITLE = "Specialisation: who serves which domain"
@@ -22,7 +22,6 @@ def specialisation_section(seen: Collected) -> Section:
             absent=f"All texts are of one domain, {seen.domains[0]!r}: give a second one with --data to compare with.",
         )
     found = specialisation(seen.profiles, seed=seen.seed)
-    bits = _bits_table(found)
     p = found.information_p()
     strongest = max(found.bits, key=lambda layer: found.bits[layer])
     null = found.null_bits[strongest]
@@ -39,12 +38,16 @@ def specialisation_section(seen: Collected) -> Section:
         f"and {top['elsewhere']:.0%} elsewhere, a difference of {top['difference']:.2f} "
         f"[{top['low']:.2f}, {top['high']:.2f}].",
     )
+    return Section("specialisation", TITLE, findings, _figures(found, listed, top["domain"]))
+
+
+def _figures(found: Specialisation, listed: pl.DataFrame, start: str) -> tuple[Figure, ...]:
     lines = Lines(
         name="information",
         title="How much the domain decides, layer by layer",
         read=f"At 0 bits a layer uses its experts alike whatever the text, at {np.log2(len(found.domains)):.1f} every "
         "domain has experts of its own; the control's band is what 95% of permutations of the texts' domains give.",
-        table=bits,
+        table=_bits_table(found),
         unit="bits",
         controls=("exchanged domains",),
     )
@@ -61,7 +64,7 @@ def specialisation_section(seen: Collected) -> Section:
         unit="log₂ ratio",
         palette="diverging",
         choice="domain",
-        start=top["domain"],
+        start=start,
     )
     listing = Listing(
         name="specialists",
@@ -71,9 +74,9 @@ def specialisation_section(seen: Collected) -> Section:
         "texts exchange their domains.",
         table=listed,
         choice="domain",
-        start=top["domain"],
+        start=start,
     )
-    return Section("specialisation", TITLE, findings, (lines, heat, listing))
+    return lines, heat, listing
 
 
 def _bits_table(found: Specialisation) -> pl.DataFrame:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from moestro import stats
 from moestro.analyze.load_balance import UNDER_USED, evenness, gini
 from moestro.looking.collect import Collected
-from moestro.looking.result import SERIES, Heat, Lines, Listing, Section
+from moestro.looking.result import SERIES, Figure, Heat, Lines, Listing, Section
 from moestro.report.figures import ranges
 
 STATES = ("dead", "under-used", "overloaded")
@@ -41,9 +41,15 @@ def load_section(seen: Collected) -> Section:
     )
     even, intervals = evenness_table(seen)
     lowest = min(intervals, key=lambda layer: intervals[layer].estimate)
+    certain = f"{intervals[lowest]} of 1 (95% interval over texts)"
     findings.append(
-        f"The load is least even in layer {lowest}: entropy {intervals[lowest]} of 1 (95% interval over texts)."
+        f"The load is least even in layer {lowest}: entropy "
+        + (f"{certain}." if texts > 1 else f"{intervals[lowest].estimate:.4g} of 1; a single text gives no interval.")
     )
+    return Section("load", "Load: who does the work", tuple(findings), _load_figures(table, even))
+
+
+def _load_figures(table: pl.DataFrame, even: pl.DataFrame) -> tuple[Figure, ...]:
     named = _named(table)
     heat = Heat(
         name="load",
@@ -76,7 +82,7 @@ def load_section(seen: Collected) -> Section:
         table=named,
         shown=128,
     )
-    return Section("load", "Load: who does the work", tuple(findings), (heat, lines, *([listed] if len(named) else [])))
+    return (heat, lines, listed) if len(named) else (heat, lines)
 
 
 def _named(table: pl.DataFrame) -> pl.DataFrame:

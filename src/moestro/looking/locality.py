@@ -38,7 +38,8 @@ def locality_section(seen: Collected) -> Section:
     slots = {layer: curve.slots(RATIO) for layer, curve in lru.items()}
     rates = {layer: curve.interval(slots[layer], "miss") for layer, curve in lru.items() if len(curve.requests) > 1}
     findings = [
-        f"A router that names experts for {SEGMENT} tokens at once agrees with the real one to {model.interval} (F1, "
+        f"A router that names experts for {SEGMENT} tokens at once agrees with the real one to "
+        f"{model.interval or format(model.srp, '.4g')} (F1, "
         f"all layers); one without memory that uses every expert as often reaches {model.shuffled:.4g}."
     ]
     if rates:
@@ -48,13 +49,20 @@ def locality_section(seen: Collected) -> Section:
             f"{rates[best]} of the requests in layer {best}, the most of all layers; with the tokens shuffled "
             f"{shuffled[best].hit_rate(slots[best], 'miss'):.2f}."
         )
-    figures: list[Figure] = [
+    texts = len(requests.tokens.sample.unique())
+    note = f"Caches are simulated on the first {SIMULATED_LENGTH} tokens at most of {texts} of the texts."
+    figures = _figures(_segments(layers), _hits(caches, shuffled, slots), lru)
+    return Section("locality", TITLE, tuple(findings), figures, note=note)
+
+
+def _figures(segments: pl.DataFrame, hits: pl.DataFrame, lru: Mapping[int, CacheCurve]) -> tuple[Figure, ...]:
+    return (
         Lines(
             name="segment-routing",
             title=f"How well experts can be named for {SEGMENT} tokens at once",
             read="The F1 of the best router that keeps its experts for a whole segment: as far as it lies above the "
             "controls, which have no memory, neighbouring tokens share experts.",
-            table=_segments(layers),
+            table=segments,
             unit="F1",
             controls=("no memory, same use", "no memory, even use"),
         ),
@@ -63,7 +71,7 @@ def locality_section(seen: Collected) -> Section:
             title=f"Hits of a cache of {RATIO:g} times a token's experts, layer by layer",
             read="A request is a hit where the expert is in fast memory already; “optimum” knows the future, “most "
             "used” always holds the same experts, and the control has the same tokens in random order.",
-            table=_hits(caches, shuffled, slots),
+            table=hits,
             unit="share of requests",
             controls=("tokens shuffled",),
         ),
@@ -87,14 +95,6 @@ def locality_section(seen: Collected) -> Section:
             table=_needed(lru),
             shown=64,
         ),
-    ]
-    texts = len(requests.tokens.sample.unique())
-    return Section(
-        "locality",
-        TITLE,
-        tuple(findings),
-        tuple(figures),
-        note=f"Caches are simulated on the first {SIMULATED_LENGTH} tokens at most of {texts} of the texts.",
     )
 
 
