@@ -15,6 +15,13 @@ token is probed.
 The converging point is the layer after which the accuracy changes by less than 3% from layer to layer; the literal one
 of the paper (the last layer with such a change) is the last layer nearly always. 400 test texts leave an accuracy
 uncertain by 0.025, and so single converging points; these have intervals over the test texts.
+
+What came out, written after the run: code and German are read off the first layers (and off counts of tokens just as
+well). Order in lists, which counts say nothing about, rises up to the fifth layer and not without training: it is the
+one concept here that has a depth. Right equations and heads are at chance in every layer, where a converging point is
+noise; so the first claim, which compares equations with code, holds for no good reason. Lists are what it should have
+named: counted from 0 they settle at layer 4 and code at layer 1, with intervals, 4 to 5 and 1 to 5, that still overlap.
+That noise and 8 bits make a model settle later is not seen: they move the mean accuracy by no more than its interval.
 """
 
 from __future__ import annotations
@@ -62,7 +69,12 @@ SOURCES = (
     "bundled/*/model.safetensors",
 )
 QUICK = {"texts": 240, "splits": 1}
-NOT_SHOWN: dict[str, str] = {}
+NOT_SHOWN = {
+    "lower end of the accuracy that 4 bits cost, mean of all layers and concepts": (
+        "the cost is 0.003, between -0.005 and 0.011: every row of a matrix has a scale of its own, the probes are "
+        "trained anew on the rounded model's states, and two of the five concepts are at chance to begin with"
+    ),
+}
 
 CODE, LANGUAGE, EQUATION, ORDER, COIN = "code", "german", "right equation", "list in order", "heads"
 CONCEPTS = (CODE, LANGUAGE, EQUATION, ORDER, COIN)
