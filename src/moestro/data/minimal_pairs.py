@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -43,10 +43,28 @@ SURFACES = ("table", "desk", "floor", "bed", "shelf")
 COLORED_ROLES = {
     ("last", "colour"): "mover",
     ("last", "asked"): "inhibition",
+    ("last", "again"): "inhibition",
     ("last", "object"): "content gatherer",
     ("asked", "object"): "duplicate token",
     ("asked", "after object"): "induction",
+    ("again", "object"): "duplicate token",
+    ("again", "after object"): "induction",
 }
+
+
+class Wording(NamedTuple):
+    """How coloured objects are told: {surface}, {color}, {object}, {asked}, each with no space before it.
+
+    The question may name the object once more, as {again}."""
+
+    opening: str = "Q: On the{surface}, I see"
+    item: str = " a{color}{object}"
+    next: str = ", a{color}{object}"
+    last: str = ", and a{color}{object}"
+    question: str = ". What color is the{asked}?\nA:"
+
+
+WORDING = Wording()
 
 Piece = str | tuple[str, str]
 """Text, or (name of a place, the one-token word that stands there)."""
@@ -57,7 +75,7 @@ class MinimalPairs:
     """Prompts with padding on the right, and the tokens that follow them."""
 
     clean: Int[Tensor, "b t"]
-    corrupted: Int[Tensor, "b t"]
+    corrupted: Int[Tensor, "b s"]
     mask: Bool[Tensor, "b t"]
     answers: Int[Tensor, "b 2"]
     """Token that is right after the clean prompt, and the one that is right after the corrupted."""
@@ -159,6 +177,7 @@ def colored_objects_pairs(
     colors: Sequence[str] = COLORS,
     objects: Sequence[str] = OBJECTS,
     surfaces: Sequence[str] = SURFACES,
+    wording: Wording = WORDING,
     shots: int = 1,
     capital: bool = True,
     seed: int = 0,
@@ -166,7 +185,8 @@ def colored_objects_pairs(
     """Coloured objects with `shots` answered examples before the question.
 
     Places of the question: "colour" and "object" (what is asked for, where it is listed), "foil colour", "foil object"
-    (what the corrupted prompt asks for), "third colour", "asked" (the object in the question), "after object".
+    (what the corrupted prompt asks for), "third colour", "asked" (the object in the question; "again" where it is named
+    twice), "after object".
     """
     _enough(colors, 3, "colors")
     _enough(objects, 3, "objects")
@@ -176,12 +196,12 @@ def colored_objects_pairs(
         example: list[Piece] = []
         for _ in range(shots):
             listed, which = _listed(rng, colors, objects, surfaces)
-            example += _question(listed, which, {})
+            example += _question(wording, listed, which, {})
             example += [f" {_answer(listed[1 + which][0], capital)}", "\n"]
         listed, which = _listed(rng, colors, objects, surfaces)
         foil = (which + rng.randrange(1, 3)) % 3
         names = {which: "", foil: "foil ", 3 - which - foil: "third "}
-        clean, other = ([*example, *_question(listed, asked, names)] for asked in (which, foil))
+        clean, other = ([*example, *_question(wording, listed, asked, names)] for asked in (which, foil))
         answer, wrong = (f" {_answer(listed[1 + i][0], capital)}" for i in (which, foil))
         items.append((clean, other, answer, wrong))
     pairs = pairs_of(tokenizer, items, COLORED_ROLES)
@@ -224,17 +244,24 @@ def _listed(
     return [rng.choice(list(surfaces)), *pairs], rng.randrange(3)
 
 
-def _question(listed: Sequence[Any], asked: int, names: Mapping[int, str]) -> list[Piece]:
+def _question(wording: Wording, listed: Sequence[Any], asked: int, names: Mapping[int, str]) -> list[Piece]:
     """The pieces of one question, up to the answer; places are named where `names` is given."""
     surface, *pairs = listed
-    pieces: list[Piece] = [f"Q: On the {surface}, I see"]
+    pieces = _filled(wording.opening, {}, {"surface": surface})
     for i, (color, item) in enumerate(pairs):
-        pieces.append(("", ", a", ", and a")[i] if i else " a")
         name = names.get(i)
-        pieces += [f" {color}", f" {item}"] if name is None else [(f"{name}colour", color), (f"{name}object", item)]
-    pieces.append(". What color is the")
-    pieces.append(("asked", pairs[asked][1]) if names else f" {pairs[asked][1]}")
-    return [*pieces, "?\nA:"]
+        words = {"color": color, "object": item}
+        places = {} if name is None else {"color": (f"{name}colour", color), "object": (f"{name}object", item)}
+        pieces += _filled(wording.item if not i else wording.last if i == 2 else wording.next, places, words)
+    item = pairs[asked][1]
+    return [
+        *pieces,
+        *_filled(
+            wording.question,
+            {k: (k, item) for k in ("asked", "again")} if names else {},
+            dict.fromkeys(("asked", "again"), item),
+        ),
+    ]
 
 
 def _answer(color: str, capital: bool) -> str:
