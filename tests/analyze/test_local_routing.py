@@ -3,8 +3,10 @@
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 import moestro
 import tiny
@@ -21,6 +23,8 @@ from moestro.analyze.local_routing import (
     segment_routing,
     text_load_spread,
 )
+from moestro.evidence import local_routing_consistency as experiment
+from moestro.view.events import Tokens
 from moestro.view.observe import RoutingTrace, SlotStats
 
 LENGTHS = (9, 6, 14, 9)
@@ -116,8 +120,6 @@ def test_constant_and_shuffled_routing_are_the_ends_of_the_scale() -> None:
 
 
 def use_of(used: torch.Tensor, texts: int, length: int, domains=("a",)) -> LocalUse:
-    from moestro.view.events import Tokens
-
     sample = torch.arange(texts).repeat_interleave(length)
     position = torch.arange(length).repeat(texts)
     domain = sample % len(domains)
@@ -176,3 +178,11 @@ def test_what_cannot_be_measured_is_refused(view) -> None:
         LocalRouting().result()
     with pytest.raises(ValueError, match="must count the same"):
         LocalRouting((4,)).merge(LocalRouting((8,)))
+
+
+def test_the_experiments_difference_of_rank_correlations_is_spearmans() -> None:
+    rng = np.random.default_rng(0)
+    x, y, z = rng.normal(size=(3, 5, 40))
+    found = experiment._more_than(x, y, z, axis=-1)
+    expected = [spearmanr(a, b).statistic - spearmanr(a, c).statistic for a, b, c in zip(x, y, z)]
+    np.testing.assert_allclose(found, expected)
