@@ -8,10 +8,11 @@ import torch
 import moestro
 import tiny
 from moestro import ForceOn, Gain, LogitBias, Reselect, SwitchOff
+from moestro.steer.attention_patterns import KeepRecent
 from moestro.steer.reroute import rank
 from moestro.steer.self_contrast import self_contrast
 from moestro.steer.steering import SelfContrast, Steering
-from moestro.view.heads import HeadGain
+from moestro.view.heads import HeadGain, HeadMask
 
 IDS = torch.randint(0, 131, (2, 7), generator=torch.Generator().manual_seed(3))
 EDITS = (
@@ -20,6 +21,9 @@ EDITS = (
     Gain({(1, 2): 0.5, (2, 2): 3.0}, renormalize=True),
     LogitBias({2: torch.linspace(-1, 1, 8)}),
     HeadGain({(0, 1): 0.0, (2, 3): 1.5}),
+    HeadMask({(0, 2)}, "uniform"),
+    HeadMask({(1, 4), (1, 5)}, "mean", {1: torch.linspace(-1, 1, 96).view(6, 16)}),
+    KeepRecent({(2, 0), (0, 5)}, 3, first=0),
 )
 
 
@@ -61,6 +65,10 @@ def test_other_models_are_refused(view) -> None:
         setup.check(moestro.open(other))
     with pytest.raises(ValueError, match="for a Qwen3MoeForCausalLM, and this is a GptOss"):
         setup.check(moestro.open(tiny.make("gpt_oss").model))
+    fewer = moestro.open(tiny.make("qwen3_moe", num_attention_heads=3).model)
+    with pytest.raises(ValueError, match=r"for heads \{0: 6, 1: 6, 2: 6\} by layer, and this model has \{0: 3"):
+        setup.check(fewer)
+    assert not Steering.of(view, SwitchOff({(1, 3)})).model.heads
     view.keep_experts({layer.index: [0, 2, 3, 5] for layer in view.layers})
     with pytest.raises(ValueError, match="has 4: experts were pruned"), setup.on(view):
         pass

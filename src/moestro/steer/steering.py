@@ -25,12 +25,13 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from moestro.sets import by_layer, from_layers
 from moestro.steer import self_contrast
+from moestro.steer.attention_patterns import KeepRecent
 from moestro.steer.reroute import rank
 from moestro.steer.router_steering import HardActivate, HardSuppress, SoftSteer
 from moestro.steer.soft_injection import SoftInjection
 from moestro.steer.tunable_experts import Insert
 from moestro.view.edit import Edit, ForceOn, Gain, LogitBias, SwitchOff
-from moestro.view.heads import HeadEdit, HeadGain
+from moestro.view.heads import HeadEdit, HeadGain, HeadMask
 
 
 class Fingerprint(BaseModel):
@@ -45,9 +46,11 @@ class Fingerprint(BaseModel):
     """SHA-256 of the router weights in bf16, so that the type a checkpoint is loaded in does not matter.
 
     Of a model without routers: of the first numbers of every weight."""
+    heads: dict[int, int] = {}
+    """{attention layer: number of heads}, where a setup edits heads"""
 
     @classmethod
-    def of(cls, view: Any) -> Fingerprint:
+    def of(cls, view: Any, *, heads: bool = False) -> Fingerprint:
         digest = hashlib.sha256()
         for layer in view.layers:
             for name, weight in sorted(layer.router.state_dict().items()):
@@ -57,7 +60,8 @@ class Fingerprint(BaseModel):
             digest.update(name.encode())
             digest.update(weight.detach().flatten()[:256].to("cpu", torch.bfloat16).view(torch.int16).numpy())
         sizes = {layer.index: layer.num_experts for layer in view.layers}
-        return cls(architecture=type(view.model).__name__, experts=sizes, routers=digest.hexdigest())
+        name, of_heads = type(view.model).__name__, view.num_heads if heads else {}
+        return cls(architecture=name, experts=sizes, routers=digest.hexdigest(), heads=of_heads)
 
     def difference(self, other: Fingerprint) -> str | None:
         """What sets `other` apart, in words; None where they are the same model."""
@@ -70,6 +74,8 @@ class Fingerprint(BaseModel):
                     f"it is for {mine} experts in layer {layer}, and this model has {theirs}: experts were pruned or "
                     "merged, and the numbers of the rest have changed"
                 )
+        if self.heads != other.heads:
+            return f"it is for heads {self.heads} by layer, and this model has {other.heads}"
         return None if self.routers == other.routers else "the router weights differ: it is for another checkpoint"
 
 
@@ -104,6 +110,16 @@ KINDS: dict[str, Kind] = {
         HeadGain,
         lambda e: {"gains": [[layer, h, g] for (layer, h), g in e.gains.items()]},
         lambda d: HeadGain({(layer, h): g for layer, h, g in d["gains"]}),
+    ),
+    "head_mask": Kind(
+        HeadMask,
+        lambda e: {"heads": e.ids, "mode": e.mode, "means": None if e.means is None else _numbers(e.means)},
+        lambda d: HeadMask(from_layers(d["heads"]), d["mode"], None if d["means"] is None else _tensors(d["means"])),
+    ),
+    "keep_recent": Kind(
+        KeepRecent,
+        lambda e: {"heads": e.ids, "window": e.window, "first": e.first},
+        lambda d: KeepRecent(from_layers(d["heads"]), d["window"], d["first"]),
     ),
     "logit_bias": Kind(LogitBias, lambda e: {"bias": _numbers(e.bias)}, lambda d: LogitBias(_tensors(d["bias"]))),
     "soft_steer": Kind(
@@ -171,7 +187,7 @@ class Steering(BaseModel):
         Raises TypeError for an edit that no file can hold (one made of a function), ValueError for one of some rows.
         """
         written = json.loads(json.dumps([_dump(edit) for edit in edits]))  # as they are read back
-        model = Fingerprint.of(view)
+        model = Fingerprint.of(view, heads=any(isinstance(edit, HeadEdit) for edit in edits))
         return cls(model=model, edits=written, decoding=decoding, learned_from=learned_from, note=note)
 
     def build(self) -> list[Any]:
@@ -183,7 +199,7 @@ class Steering(BaseModel):
 
     def check(self, view: Any) -> None:
         """Raise ValueError where the view's model is not the one that this was made for."""
-        if (difference := self.model.difference(Fingerprint.of(view))) is not None:
+        if (difference := self.model.difference(Fingerprint.of(view, heads=bool(self.model.heads)))) is not None:
             raise ValueError(f"this steering setup does not fit the model: {difference}; learn it anew on this model")
 
     @contextmanager
