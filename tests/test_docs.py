@@ -49,3 +49,21 @@ def test_the_look_and_steer_example_of_the_readme_runs(tmp_path, monkeypatch):
     (example,) = [block for block in blocks if "view.edits" in block]
     exec(compile(example.replace("max_length=512", "max_length=64"), "README.md", "exec"), {})
     assert [layer.num_experts for layer in moestro.open("smaller").layers] == [16] * 6
+
+
+def test_the_example_of_the_steering_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "steering.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example, "steering.md", "exec"), {})
+    assert (tmp_path / "steering.json").exists()
+
+
+def test_what_the_steering_page_names_is_there():
+    page = (DOCS / "steering.md").read_text()
+    package = Path(moestro.__file__).parent
+    found = re.findall(r"`(analyze|steer|tune)\.(\w+)`((?:, `\w+`)*)", page)
+    assert len(found) > 12
+    for room, module, more in found:
+        for name in [module, *re.findall(r"`(\w+)`", more)]:
+            assert (package / room / f"{name}.py").exists(), f"{room}/{name}.py"
