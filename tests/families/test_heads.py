@@ -66,6 +66,34 @@ def test_heads_are_observed_edited_and_left_as_they_were(family: str) -> None:
     assert dict(ALL_ATTENTION_FUNCTIONS) == functions
 
 
+class LastPatterns(Heads):
+    """{layer: last pattern [B, A, S]}"""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        self.needs = frozenset({"last_patterns"})
+
+    def update_heads(self, event: HeadEvent) -> None:
+        self.seen[event.layer] = event.last_pattern, None
+
+
+@every_family
+def test_the_last_pattern_is_a_row_of_the_whole(family: str) -> None:
+    if family in support.NO_PATTERN:
+        pytest.skip("the family has no pattern")
+    small = tiny.build(family)
+    view = moestro.open(small.model)
+    inputs = small.inputs(B=3, padding="right")
+    last = inputs["attention_mask"].sum(dim=1) - 1
+    with view.observing(whole := Heads(True)):
+        logits_of(small, inputs)
+    with view.observing(newest := LastPatterns()):
+        logits_of(small, inputs)
+    for index, (_, pattern) in whole.seen.items():
+        expected = pattern[torch.arange(3), :, last]
+        torch.testing.assert_close(newest.seen[index][0], expected, rtol=1e-3, atol=1e-4)
+
+
 @every_family
 def test_patterns_are_had_or_refused_with_the_reason(family: str) -> None:
     view = moestro.open(tiny.build(family).model)

@@ -154,7 +154,8 @@ def path_patching(
 ) -> PathEffects:
     """Effects of all heads as senders at place `at` on the receivers, those of no effect by construction included.
 
-    Raises ValueError for unknown places, heads or parts, and for pairs whose corruption does not change LD.
+    Raises ValueError for unknown places, heads or parts, and for pairs whose corruption does not change LD, before the
+    long work starts.
     """
     layers = {layer.index: layer for layer in view.heads}
     wanted: Sequence[Receiver] = () if receivers == "logits" else list(receivers)  # type: ignore[arg-type]
@@ -164,21 +165,18 @@ def path_patching(
     length = pairs.clean.shape[1]
     rows = min(len(pairs), max(1, min(PAIRS, batch_tokens // length)))
     block = max(1, batch_tokens // (rows * length))
-    patched: dict[HeadId, list[Tensor]] = {(i, h): [] for i, layer in layers.items() for h in range(layer.num_heads)}
-    clean_ld: list[Tensor] = []
-    corrupted_ld: list[Tensor] = []
+    parts = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
+    patched: dict[HeadId, list[Tensor]] = {sender: [] for sender in senders}
     with progress_bar(progress) as bar, torch.no_grad():
+        clean = torch.cat([_differences(view, part, part.clean) for part in parts])
+        corrupted = torch.cat([_differences(view, part, part.corrupted) for part in parts])
+        _check_separate(clean, corrupted)
         task = bar.add_task("patching paths", total=len(pairs) * max(len(senders), 1))
-        for start in range(0, len(pairs), rows):
-            part = pairs[start : start + rows]
+        for part in parts:
             with view.observing(grids := _Grids()), _mlp_outputs(view, freeze_mlp) as outputs:
-                clean = _differences(view, part, part.clean)
+                _differences(view, part, part.clean)
             with view.observing(other := _Grids()):
-                corrupted = _differences(view, part, part.corrupted)
-            clean_ld.append(clean)
-            corrupted_ld.append(corrupted)
-            for head in patched.keys() - set(senders):
-                patched[head].append(clean)
+                _differences(view, part, part.corrupted)
             for i in range(0, len(senders), block):
                 some = senders[i : i + block]
                 edit = _Frozen(grids.z, other.z, some, part.positions[at], wanted)
@@ -195,9 +193,10 @@ def path_patching(
                 for head, ld in zip(some, found.view(len(some), -1)):
                     patched[head].append(ld)
                 bar.advance(task, len(some) * len(part))
-    clean, corrupted = torch.cat(clean_ld), torch.cat(corrupted_ld)
-    _check_separate(clean, corrupted)
-    by_layer = {i: torch.stack([torch.cat(patched[i, h]) for h in range(layers[i].num_heads)]) for i in layers}
+    by_head = {
+        (i, h): torch.cat(patched.get((i, h), [clean])) for i, layer in layers.items() for h in range(layer.num_heads)
+    }
+    by_layer = {i: torch.stack([by_head[i, h] for h in range(layer.num_heads)]) for i, layer in layers.items()}
     return PathEffects(by_layer, clean, corrupted)
 
 
