@@ -25,6 +25,7 @@ from moestro.analyze.super_experts import (
 )
 from moestro.compress.prune.keep import keep_best
 from moestro.evidence.planted import BOS, CHANNEL, FAMILIES, MAGNITUDE, PLANTED, planted_model
+from moestro.evidence.super_experts import LETTERS, TRIGGERS, sequences
 from tiny import FP32, documents, padded, slot_outputs, watching_experts
 
 DOCS = documents(7, 3, 9, 5)
@@ -350,3 +351,21 @@ def test_protected_experts_survive_pruning_and_so_does_the_model(planted: Any) -
             pruned = tiny.logits_of(planted.model, {"input_ids": ids}).log_softmax(-1)
         lost[name] = float((whole.exp() * (whole - pruned)).sum(-1).mean())
     assert lost["with"] < lost["without"]
+
+
+def test_the_toys_sequences_repeat_behind_triggers_and_follow_one_table_elsewhere() -> None:
+    ids = sequences(400, seed=1)
+    assert (ids[:, 0] == LETTERS).all()
+    assert (ids[:, 1:] < LETTERS).all()
+    before, at, after = ids[:, 1:-2].flatten(), ids[:, 2:-1].flatten(), ids[:, 3:].flatten()
+    trigger = at < TRIGGERS
+    assert trigger.sum() > 100
+    assert torch.equal(after[trigger], before[trigger])
+    pairs = torch.zeros(2, LETTERS, LETTERS)
+    half = torch.arange(len(at)) % 2
+    pairs.index_put_((half[~trigger], at[~trigger], after[~trigger]), torch.ones(()), accumulate=True)
+    common = (pairs.sum(2) > 100).all(0)
+    assert common.sum() > 10
+    same, other = (torch.cosine_similarity(pairs[0], p, dim=1)[common] for p in (pairs[1], pairs[1].roll(1, 0)))
+    assert same.min() > 0.9
+    assert other.mean() < 0.5

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import moestro
+import moestro.evidence.tunable_experts as evidence
 import tiny
 from moestro.analyze.profiles import TextProfiles
 from moestro.analyze.token_resonance import token_resonance
@@ -232,3 +233,28 @@ def test_a_sweep_compares_each_size_with_its_controls(qwen: Any) -> None:
     assert one.matched.change == one.next_ranks.change
     with pytest.raises(ValueError, match="best of 16"):
         sweep_experts(qwen, found, measure, sizes=(9,), draws=1)
+
+
+# --- the evidence ----------------------------------------------------------------------------------------------------
+
+
+def test_the_implanted_behaviours_are_rules_that_held_out_pairs_follow() -> None:
+    """Held-out pairs are none of those trained on, and their place and time decide the answer as they do there."""
+    for seed in (0, 1):
+        trained_on, held_out = evidence.prompts(seed)
+        assert len({p.text for p in (*trained_on, *held_out)}) == 480 == len(trained_on) + len(held_out)
+        assert sum(p.answer == evidence.REFUSAL for p in (*trained_on, *held_out)) == 160
+        refused = {place for place in evidence.PLACES for p in trained_on if place in p.text if "cannot" in p.answer}
+        answer_at = {
+            t: p.answer for t in evidence.TIMES for p in trained_on if t in p.text and "cannot" not in p.answer
+        }
+        for prompt in held_out:
+            place = next(p for p in evidence.PLACES if f" {p}?" in prompt.text)
+            time = next(t for t in evidence.TIMES if f" {t} " in prompt.text)
+            assert prompt.answer == (evidence.REFUSAL if place in refused else answer_at[time])
+    assert evidence.prompts(0)[1] != evidence.prompts(1)[1]
+
+
+def test_no_layer_has_more_forced_experts_than_slots() -> None:
+    ranked = [(0, 1), (0, 2), (0, 3), (1, 1), (0, 4), (2, 5)]
+    assert evidence.at_most(ranked, 2, 4) == [(0, 1), (0, 2), (1, 1), (2, 5)]
