@@ -1,7 +1,8 @@
 """What steering costs while generating: greedy steps of one sequence, plain and steered, in turn in one run.
 
-Edits act in every layer, which costs most; `one layer` in one. Adapting online is timed over the whole text, its
-optimisation and the KV caches it rebuilds included. `after all edits`: the plain model again, at the end of a round.
+Edits act in every layer, which costs most; `one layer` in one. `routing anew, by hand` is the least that an edit of
+logits must do: hooks that close an expert and re-run the family's rule. Adapting online is timed over the whole text,
+its optimisation and the KV caches it rebuilds included. `after all edits`: plain again, last in a round.
 
 python benchmarks/steer.py [--model quartet] [--rounds 11] [--json benchmarks/results/steer.json]
 """
@@ -14,6 +15,7 @@ import platform
 import statistics
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,6 +64,17 @@ def main() -> None:
         with view.edits(edit):
             generate()
 
+    def by_hand() -> None:
+        closed = torch.tensor([7])
+
+        def hook(layer, _, __, out):
+            return tuple(layer.rule(out[0].index_fill(1, closed, float("-inf"))))
+
+        hooks = [layer.router.register_forward_hook(partial(hook, layer)) for layer in view.layers]
+        generate()
+        for handle in hooks:
+            handle.remove()
+
     def contrasted() -> None:
         with self_contrast(view) as processor:
             generate([processor])
@@ -69,6 +82,7 @@ def main() -> None:
     rerouter = OnlineRerouter(view, interval=max(options.tokens // 2, 1))
     ways = {
         "plain": generate,
+        "routing anew, by hand": by_hand,
         **{name: lambda edit=edit: edited(edit) for name, edit in edits.items()},
         "self-contrast": contrasted,
         "online rerouting, two phases": lambda: rerouter.generate(ids, torch.ones_like(ids), **length),
