@@ -26,6 +26,9 @@ import moestro
 from moestro.data import limit_tokens
 from moestro.looking import pipeline
 
+WARM_UP = 10_000
+"""Tokens of the round that does not count."""
+
 
 def plain(view, batches) -> None:
     with torch.no_grad():
@@ -53,15 +56,17 @@ def main() -> None:
     view = moestro.open(options.model)
     everything = pipeline.read_data(view, list(pipeline.DEFAULT_DATA), tokens=2**31, max_length=None, seed=0)
     batches = limit_tokens(everything, options.tokens, per_domain=False)
+    few = limit_tokens(everything, min(WARM_UP, options.tokens), per_domain=False)
     implementation = view.model.config._experts_implementation
     times: dict[str, list[float]] = {"plain": [], "plain, moestro backend": [], "the pass of a look": [], "look": []}
     with tempfile.TemporaryDirectory() as folder:
         for attempt in range(options.rounds + 1):
             for name in ("plain", "plain, moestro backend", "look"):
                 view.model.set_experts_implementation("moestro" if name.endswith("backend") else implementation)
+                data = batches if attempt else few  # the first round warms up
                 start = time.perf_counter()
-                inner = whole(view, batches, Path(folder)) if name == "look" else plain(view, batches)
-                if attempt:  # the first round warms up
+                inner = whole(view, data, Path(folder)) if name == "look" else plain(view, data)
+                if attempt:
                     times[name].append(time.perf_counter() - start)
                     if inner is not None:
                         times["the pass of a look"].append(inner)
