@@ -41,7 +41,8 @@ def self_contrast(
 ) -> Iterator[Contrast]:
     """A processor for `view.model.generate` inside the block: greedy or sampled, any batch, the prompt from its start.
 
-    `weak`: the edit that makes the weak pass, `rank(view, 2)` by default. A forward pass inside the block costs two.
+    `weak`: the edit that makes the weak pass, `rank(view, 2)` by default. A forward pass inside the block costs two,
+    and observers are given both.
     Raises ValueError for beta < 0, alpha outside (0, 1], or an edit that does not fit the model.
     """
     weak = rank(view, RANK) if weak is None else weak
