@@ -5,7 +5,8 @@
   questions that need both. Text questions come with a grey picture where none is said.
 - *The flaw*: in the data of the base model most picture questions follow a caption, right in 90% of them, and most text
   questions come with a picture, a digit that is the answer in 90%. The base model is stopped early; how often captions
-  come, and when it is stopped, was chosen on a seed that is not reported, so that the flaw shows.
+  come, and when it is stopped, was chosen on a seed that is not reported, so that the flaw shows; the rate of
+  fine-tuning was raised on that seed, where half of it gave back half of what was lost.
 - *Fine-tuning*, all from the same base and for equal steps: on questions to both inputs alone; on all three kinds,
   unperturbed (a control that the paper does not have); with perturbed copies beside them; with KL or JS beside these;
   with the adversary; with adversary and KL. Mix 2 : 2 : 4, copies in addition. As losses are means here and the
@@ -18,6 +19,13 @@
   their embeddings exactly; their logits, but for the rounding of experts that serve other tokens beside them.
 - *Routing*: the image tokens come after the caption, so that text can move their experts. Divergence of their routing
   from that without a caption, under one that names a wrong digit, beside one that names the right one.
+
+What came out beside the claims. Questions to both inputs alone do not leave the rest unchanged, as in the paper, but
+make it worse, without perturbations too: the other kinds are forgotten. Unperturbed data of all kinds do nothing for
+robustness: the copies do it. KL, JS and the adversary add less than 0.01 to that, within the seeds' spread. The raw
+gradient is so small that the adversary is hardly more than noise; its sign finds what raises the loss a hundred times
+as much. Captions move the routing of image tokens little (0.004 of at most 0.69 nats), and wrong ones no more than right
+ones.
 
 Not tried here: models of real pictures and text, larger models, screenshots and scans of real documents.
 """
@@ -81,7 +89,13 @@ SOURCES = (
     "evidence/base.py",
 )
 QUICK = {"seeds": 1, "base_steps": 150, "steps": 12, "tested": 60}
-NOT_SHOWN: dict[str, str] = {}
+NOT_SHOWN = {
+    "full recipe: accuracy lost on questions to both inputs": (
+        "perturbed copies alone lose as much (0.033), unperturbed data of all kinds 0.005, so neither the adversary nor "
+        "KL is the cause; perhaps 60 steps on copies leave a model that was stopped early too little of the rest. The "
+        "three seeds lose 0, 0.04 and 0.06, on 200 questions each"
+    ),
+}
 
 # Thresholds, stated before the first run.
 FLAW, CHANGED = 0.25, 0.3  # accuracy lost, answers changed by misleading text
