@@ -24,8 +24,8 @@ What came out beside the claims. Questions to both inputs alone do not leave the
 make it worse, without perturbations too: the other kinds are forgotten. Unperturbed data of all kinds do nothing for
 robustness: the copies do it. KL, JS and the adversary add less than 0.01 to that, within the seeds' spread. The raw
 gradient is so small that the adversary is hardly more than noise; its sign finds what raises the loss a hundred times
-as much. Captions move the routing of image tokens little (0.004 of at most 0.69 nats), and wrong ones no more than right
-ones.
+as much. Captions move the routing of image tokens little (0.004 of at most 0.69 nats), and wrong ones no more than
+right ones.
 
 Not tried here: models of real pictures and text, larger models, screenshots and scans of real documents.
 """
@@ -91,8 +91,8 @@ SOURCES = (
 QUICK = {"seeds": 1, "base_steps": 150, "steps": 12, "tested": 60}
 NOT_SHOWN = {
     "full recipe: accuracy lost on questions to both inputs": (
-        "perturbed copies alone lose as much (0.033), unperturbed data of all kinds 0.005, so neither the adversary nor "
-        "KL is the cause; perhaps 60 steps on copies leave a model that was stopped early too little of the rest. The "
+        "perturbed copies alone lose as much (0.033), unperturbed data of all kinds 0.005, so neither the adversary "
+        "nor KL is the cause; perhaps 60 steps on copies leave a model that was stopped early too little of the rest. The "
         "three seeds lose 0, 0.04 and 0.06, on 200 questions each"
     ),
 }
