@@ -92,8 +92,8 @@ QUICK = {"seeds": 1, "base_steps": 150, "steps": 12, "tested": 60}
 NOT_SHOWN = {
     "full recipe: accuracy lost on questions to both inputs": (
         "perturbed copies alone lose as much (0.033), unperturbed data of all kinds 0.005, so neither the adversary "
-        "nor KL is the cause; perhaps 60 steps on copies leave a model that was stopped early too little of the rest. The "
-        "three seeds lose 0, 0.04 and 0.06, on 200 questions each"
+        "nor KL is the cause; perhaps 60 steps on copies leave a model that was stopped early too little of the rest. "
+        "The three seeds lose 0, 0.04 and 0.06, on 200 questions each"
     ),
 }
 
