@@ -21,7 +21,7 @@ demo: setup      ## cut the bundled MoE to half its expert memory and show the r
 	$(BIN)/moestro fit --overwrite --out out/demo
 
 test: setup      ## the quick tests
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 test-all: setup  ## the quick and the slow tests
 	$(BIN)/pytest -q -m ''
