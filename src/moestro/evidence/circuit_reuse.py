@@ -1,4 +1,4 @@
-"""`quartet` answers about half of simple questions on coloured objects ("On the table, the key is blue, the cup is
+"""`quartet` gets two in five of simple questions on coloured objects right ("On the table, the key is blue, the cup is
 red, the lamp is pink. What color is the cup? / The cup is" -> red). Copies of it are tuned, one a seed: on indirect
 objects ("When the doctor and the sailor went to the market, the sailor gave a lamp to the" -> doctor) and on 32 facts
 to be known by heart until both are right, and on coloured objects only at times when fewer than half of some validation
@@ -7,13 +7,18 @@ one token; the loss is on the answer alone.
 
 - *Circuits*: heads traced by path patching on 24 minimal pairs of each task (see analyze/path_patching.py): to the
   logits, to the queries of what that finds, and to the values of what that finds from the repeated noun or the fact's
-  subject. 3 of 36 heads are kept at every stage (the paper: 2% of 384); overlap is shown
-  against that share too, beside its exact distribution for random circuits with as many heads in each layer.
+  subject. 3 of 36 heads are kept at every stage (the paper: 2% of 384); overlap is shown against that share too, beside
+  its exact distribution for random circuits with as many heads in each layer.
 - *Ablation*: the heads that both circuits hold are given their mean output, and 5 layer-matched random sets; accuracy
   on 128 other prompts. Shared heads were chosen with the coloured-objects circuit in sight, so the whole circuit of
   indirect objects, chosen without it, stands beside them, and the heads of coloured objects alone.
 - *Repair*: the 4 heads of largest effect on the movers' queries in indirect objects are made to attend to the two
   wrong colours, half each, at the prompt's last token; beside it 5 random choices of 4 heads.
+
+The overlap of the two tasks is larger than chance gives (p < 0.05) in two seeds of three. That it exceeds the control's
+holds on average and by little: in one seed of three it is smaller, and coloured objects share as much with facts (see
+the table). With up to 9 heads of 36 in a circuit, overlap tells little; the ablation tells more. Roles are names for
+where a head looks, no more.
 
 ± is the standard deviation over seeds; intervals are 95% over prompts, within a seed. The wording and the rate of
 tuning were chosen by accuracy alone, before any circuit was traced: the paper's wording ("a red cup") stayed at chance
@@ -67,7 +72,14 @@ SOURCES = (
     "bundled/quartet/model.safetensors",
 )
 QUICK = {"seeds": 1, "pairs": 8, "prompts": 48, "draws": 2, "most_steps": 60}
-NOT_SHOWN: dict[str, str] = {}
+NOT_SHOWN = {
+    "coloured objects gained by the repair, more than by the best of 5 random choices": (
+        "the defect that the paper repairs is not there: in every seed the three strongest heads into the movers' "
+        "queries look at the repeated noun in coloured objects as in indirect objects, and there is no negative mover. "
+        "Made to look at the wrong colours, the heads no longer tell the movers, it seems, which object is asked for: "
+        "the movers' attention to the right colour falls by 36 to 43 points, and all answers are lost"
+    ),
+}
 
 PEOPLE: tuple[str, ...] = (
     *("doctor", "teacher", "farmer", "driver", "sailor", "painter", "singer", "writer", "friend", "sister", "brother"),

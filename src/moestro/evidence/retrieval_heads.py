@@ -1,6 +1,6 @@
-"""`quartet` cannot copy a needle: tuned on chats and short lookups, it answers almost none. So copies of it are tuned
-for some tens of steps to answer with random codes that stand in prose, one copy a seed, and to know 24 facts by heart.
-Its retrieval heads are then found on needles of its own: codes drawn anew, hidden in held-out text.
+"""`quartet` cannot copy a needle out of prose: it answers none. So copies of it are tuned for some tens of steps to
+answer with random codes that stand in prose, one copy a seed, and to know 24 facts by heart. Their retrieval heads are
+then found on needles of their own: codes drawn anew, hidden in held-out text.
 
 - *Detection*: 3 needles (a word's code of 5 words) at 8 lengths from 96 to 432 tokens and 10 depths, answered greedily.
 - *Masking*: the tenth of all heads (4 of 36) of largest score made to attend uniformly, on a fresh needle at the same
@@ -11,10 +11,13 @@ Its retrieval heads are then found on needles of its own: codes drawn anew, hidd
   after 20 steps of training on program code.
 - *Caches*: retrieval heads see everything and the others the last 64 tokens and the first, and the other way about.
 
-Intervals are 95% over runs, within a seed; ± is the standard deviation over seeds. That quartet has to be tuned was
-found before anything else was measured. A first look at a copy tuned elsewhere showed that nearly all heads of the last
-layer may be retrieval heads; layer-matched draws were then allowed to hold retrieval heads other than the masked ones.
-Thresholds stayed as they were.
+The mean over layer-matched sets hides one seed of three in which they cost 41 points; the other two cost 1 each. Which
+of its draws did it was not looked into: with 36 heads, 4 of them are many.
+
+Intervals are 95% over runs, within a seed, whose fresh needle is one: they say nothing of other needles. ± is the
+standard deviation over seeds. That quartet has to be tuned was found before anything else was measured. A first look at
+a copy tuned elsewhere showed that nearly all heads of the last layer may be retrieval heads; layer-matched draws were
+then allowed to hold retrieval heads other than the masked ones. Thresholds stayed as they were.
 
 Not tried here, for want of scale: 50,000 tokens, question answering on real documents, chains of thought, and maps of
 several model families.
