@@ -123,7 +123,7 @@ def run(
             tune(view, steps, seed, facts)
             _measure(rows, view, runs(NEEDLES, 1000 + seed), runs(1, 2000 + seed), facts, draws, seed)
             bar.advance(task)
-    return Evidence(rows=list(rows), claims=claims(rows, seeds))
+    return Evidence(rows=list(rows), claims=claims(rows))
 
 
 def _measure(
@@ -195,7 +195,7 @@ def _share(which: Tensor) -> float:
     return float(which.float().mean())
 
 
-def claims(rows: Rows, seeds: int) -> list[Claim]:
+def claims(rows: Rows) -> list[Claim]:
     """What the paper's claims come to here."""
 
     def sparsity(quantity: str) -> float:
