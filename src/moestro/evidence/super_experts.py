@@ -1,5 +1,5 @@
-"""Three parts: random models with super experts planted by hand, the bundled `quartet`, and a toy that makes an
-attention sink.
+"""Three parts: random models with super experts planted by hand, the bundled `quartet`, and a toy known to make
+attention sinks.
 
 - *Planted*: Qwen3-MoE, Mixtral and DeepSeek-V3 of 16 experts a layer, three random models of each, with an expert in
   each of three layers that answers the first token of a text, and hardly another, with one very large entry. Profiled
@@ -12,7 +12,11 @@ attention sink.
 - *Bigram-Backcopy*: sequences that follow a fixed table of bigrams, but after three of 64 tokens repeat the token
   before ("Active-Dormant Attention Heads", arXiv:2410.13835); models that learn it are known to form an attention
   sink. Three seeds of a model of 3 layers and 8 experts. Ablated is the expert of largest output; how far attention
-  to the sink falls behind its layer is reported, and nothing is claimed of it.
+  to the sink falls behind its layer is reported, and nothing is claimed of it. Ours learn the copies and form no
+  sink: the first token gets what even attention would give it, so there is nothing for D_sink to measure.
+
+quartet has no super expert by the rule and no massive activation. In four of the nine planted models frequency keeps
+all planted experts anyway; protection changes nothing there.
 
 Controls are 5 draws of as many experts of the same layers, and of any layers. A model of fewer than 1000 experts is
 held to ten times the median output in the place of the paper's quantile; that was chosen when quartet, whose outputs
