@@ -25,6 +25,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,8 @@ MORE = "accuracy of neighbourhood descent minus another method's, points"
 LESS = "loss of neighbourhood descent minus another method's, nats per token"
 SURROGATE = "neighbourhood descent's loss on the neighbours, all core experts at work"
 ABOUT = "about the runs"
+LOSES = "share of right answers that neighbourhood descent makes wrong"
+LOWERED = "share of the questions whose loss the oracle lowers"
 PLAIN, FEW, SOFT, PREFIX = "as it is", "3 examples shown", "soft prompt", "prefix"
 MODE, KERNEL, DESCENT, RANDOM = "mode finding", "kernel regression", "neighbourhood descent", "random neighbours"
 DECODE, ORACLE = "descent, all tokens", "oracle"
@@ -122,7 +125,6 @@ def run(
     """Answer the test questions by every method, draw by draw, and hold the claims against it."""
     view = opening.open(model, dtype=torch.float32)
     rows, found = Rows(), dict[str, list[Judged]]()
-    falls: list[float] = []
     with progress_bar(progress) as bar:
         task = bar.add_task("methods", total=draws * 10)
         for draw in range(draws):
@@ -131,12 +133,12 @@ def run(
             test = questions[slice(asked, None)]
             near = nearest(references, test.prompts)
             _add_references(rows, references, questions, near, test)
-            for name, judged in _methods(view, references, near, test, draw, tuning_steps, rows, falls):
+            for name, judged in _methods(view, references, near, test, draw, tuning_steps, rows):
                 found.setdefault(name, []).append(judged)
                 _add(rows, name, judged, test.kinds)
                 bar.advance(task)
-    gains = _compare(rows, found)
-    return Evidence(rows=list(rows), claims=claims(found, gains, falls))
+    _compare(rows, found)
+    return Evidence(rows=list(rows), claims=claims(rows))
 
 
 def drawn(view: Any, count: int, *, seed: int) -> Questions:
@@ -169,7 +171,6 @@ def _methods(
     draw: int,
     tuning_steps: int,
     rows: Rows,
-    falls: list[float],
 ) -> Any:
     """(name, the test questions judged) of one method after the other."""
     prompts, answers = test.prompts, test.answers
@@ -183,10 +184,8 @@ def _methods(
     mixed = kernel_regression(view, references, prompts, near, scope="prompt", **quiet)
     yield KERNEL, mixed.judge(view, answers, **quiet)
     descended = neighbourhood_descent(view, references, prompts, near, scope="prompt", **quiet)
-    before, after = descended.losses[:, 0], descended.losses[:, -1]
-    for when, loss in (("before", before), ("after", after)):
-        rows.add(SURROGATE, {"step": when}, float(loss.mean()))
-    falls.append(ratio(float(before.mean() - after.mean()), float(before.mean())))
+    for when, step in (("before", 0), ("after", -1)):
+        rows.add(SURROGATE, {"step": when}, float(descended.losses[:, step].mean()))
     yield DESCENT, descended.judge(view, answers, **quiet)
     others = random_neighbours(references, len(prompts), seed=draw)
     elsewhere = neighbourhood_descent(view, references, prompts, others, scope="prompt", **quiet)
@@ -316,26 +315,20 @@ def _nats(found: dict[str, list[Judged]], method: str, other: str) -> Interval:
     return difference(one, two)
 
 
-def _compare(rows: Rows, found: dict[str, list[Judged]]) -> dict[str, Interval]:
-    """Rows of the differences; returns how much better neighbourhood descent answers than each other method."""
-    for method in found:
-        if method != PLAIN:
-            _add_interval(rows, GAINED, method, _points(found, method, PLAIN))
-    for method in found:
-        if method != PLAIN:
-            _add_interval(rows, LOSS_GAINED, method, _nats(found, method, PLAIN))
-    gains = {method: _points(found, DESCENT, method) for method in found if method not in (DESCENT, DECODE, ORACLE)}
-    for method, gain in gains.items():
-        _add_interval(rows, MORE, method, gain)
-    for method in gains:
-        _add_interval(rows, LESS, method, _nats(found, DESCENT, method))
+def _compare(rows: Rows, found: dict[str, list[Judged]]) -> None:
+    """Rows of the differences, over the questions of all draws."""
+    for metric, differ in ((GAINED, _points), (LOSS_GAINED, _nats)):
+        for method in found:
+            if method != PLAIN:
+                _add_interval(rows, metric, method, differ(found, method, PLAIN))
+    for metric, differ in ((MORE, _points), (LESS, _nats)):
+        for method in found:
+            if method not in (DESCENT, DECODE, ORACLE):
+                _add_interval(rows, metric, method, differ(found, DESCENT, method))
     before, after = (torch.cat([j.right for j in found[name]]) for name in (PLAIN, DESCENT))
-    rows.add(
-        ABOUT,
-        {"": "share of right answers that neighbourhood descent makes wrong"},
-        float((~after[before]).float().mean()),
-    )
-    return gains
+    rows.add(ABOUT, {"": LOSES}, float((~after[before]).float().mean()))
+    plain, best = (torch.cat([j.loss for j in found[name]]) for name in (PLAIN, ORACLE))
+    rows.add(ABOUT, {"": LOWERED}, float((best < plain).float().mean()))
 
 
 def _add_interval(rows: Rows, metric: str, method: str, found: Interval) -> None:
@@ -343,63 +336,66 @@ def _add_interval(rows: Rows, metric: str, method: str, found: Interval) -> None
         rows.add(metric, {"method": method, "": name}, value)
 
 
-def claims(found: dict[str, list[Judged]], gains: dict[str, Interval], falls: list[float]) -> list[Claim]:
+def claims(rows: Rows) -> list[Claim]:
     """What the paper's claims come to here."""
-    plain, best = (torch.cat([j.loss for j in found[name]]) for name in (PLAIN, ORACLE))
-    lowered = float((best < plain).float().mean())
-    rival = min((FEW, SOFT, PREFIX, MODE, KERNEL), key=lambda name: gains[name].estimate)
+
+    def of(metric: str, method: str, value: str = "estimate") -> float:
+        return rows.mean(metric, {"method": method, "": value})
+
+    steps = zip(*(rows.values(SURROGATE, {"step": step}) for step in ("before", "after")), strict=True)
+    rival = min((FEW, SOFT, PREFIX, MODE, KERNEL), key=lambda method: of(MORE, method))
     return [
         Claim(
             name="points of accuracy that the oracle gains",
-            measured=_points(found, ORACLE, PLAIN).estimate,
+            measured=of(GAINED, ORACLE),
             relation=">=",
             needed=ORACLE_GAIN,
         ),
         Claim(
             name="share of the questions whose loss the oracle lowers",
-            measured=lowered,
+            measured=rows.mean(ABOUT, {"": LOWERED}),
             relation=">",
             needed=ORACLE_SHARE,
         ),
         Claim(
             name="share of the loss on the neighbours that ten steps take away",
-            measured=float(np.mean(falls)),
+            measured=fmean(ratio(before - after, before) for before, after in steps),
             relation=">",
             needed=SURROGATE_FALL,
         ),
         Claim(
             name=f"loss of {DESCENT} minus the model's as it is, nats",
-            measured=_nats(found, DESCENT, PLAIN).estimate,
+            measured=of(LESS, PLAIN),
             relation="<=",
             needed=0,
         ),
         Claim(
             name=f"loss of {DESCENT} minus that with random neighbours, nats",
-            measured=_nats(found, DESCENT, RANDOM).estimate,
+            measured=of(LESS, RANDOM),
             relation="<=",
             needed=0,
         ),
         Claim(
             name=f"points of accuracy that {DESCENT} gains, at least not lost",
-            measured=gains[PLAIN].estimate,
+            measured=of(MORE, PLAIN),
             relation=">=",
             needed=LOST,
         ),
         Claim(
             name=f"points of accuracy that {DESCENT} gains, lower end of the interval",
-            measured=gains[PLAIN].low,
+            measured=of(MORE, PLAIN, "low"),
             relation=">",
             needed=0,
         ),
         Claim(
             name=f"points that {DESCENT} gains on random neighbours, lower end",
-            measured=gains[RANDOM].low,
+            measured=of(MORE, RANDOM, "low"),
             relation=">",
             needed=0,
         ),
         Claim(
             name="points that it gains on the best of the paper's baselines, lower end",
-            measured=gains[rival].low,
+            measured=of(MORE, rival, "low"),
             relation=">",
             needed=0,
         ),
