@@ -257,6 +257,12 @@ def _last_pattern(
         return last(pattern)[:, :, 0]
     if mask is not None and mask.dim() == 4:
         mask = last(mask)
+    kwargs = {  # biases and sinks of every query
+        name: last(value)
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2] == call.shape[1]
+        else value
+        for name, value in kwargs.items()
+    }
     allowed = _allowed(call, module, query, mask, kwargs, at[:, None])
     return _pattern(module, last(query), key, value, mask, allowed, args, kwargs)[:, :, 0]
 
