@@ -170,8 +170,8 @@ def profile_section(seen: Collected) -> Section:
         )
     findings.append(
         "routing_profile.csv (layer, expert, count) and routing_profile.json beside this page carry the counts to "
-        "runtimes that keep hot experts on the fast device; the JSON's logical_count is what SGLang and KTransformers "
-        "read with --init-expert-location."
+        "runtimes that keep hot experts on the fast device; the JSON's logical_count is what SGLang's "
+        "--init-expert-location reads."
     )
     needed_lines = Lines(
         name="hot-experts",
