@@ -162,7 +162,7 @@ def test_answers_are_compared_token_by_token_wherever_a_prefix_moved_them(consis
     states = (found.hidden if consistency == "mse" else found.logits).view(5, 2, -1)
     d = mr.DIVERGENCES[consistency]
     of = {0: [d(states[i], states[0]) for i in (1, 2)], 3: [d(states[4], states[3])]}
-    by_hand = float(torch.stack([torch.cat(copies).mean() for copies in of.values()]).mean())
+    by_hand = torch.stack([torch.cat(copies).mean() for copies in of.values()]).mean().item()
     assert terms.consistency == pytest.approx(by_hand, rel=1e-5)
     assert float(terms.loss) == pytest.approx(terms.supervised + 0.5 * by_hand, rel=1e-5)
     assert by_hand > 0
