@@ -60,7 +60,18 @@ SOURCES = (
     "data/sample/*.jsonl.gz",
 )
 QUICK = {"seeds": 1, "steps": 60, "draws": 2, "sizes": (8,)}
-NOT_SHOWN: dict[str, str] = {}
+NOT_SHOWN = {
+    "the 8 most distinctive off: part of the refusals that goes": (
+        "the implanted refusal does not sit in 8 of 192 experts: 2% of it goes, and with 24 off 13% (28% by the last "
+        "token's ranking) at little harm to the answers. Training routers and experts alone, tried on another seed, "
+        "gave 6% at 8; a fine-tuning of two minutes spreads it over many experts, and the ranking is half as stable"
+    ),
+    "random ones of the same layers off: their part of that fall": "there is hardly a fall to be a part of (see above)",
+    "fall by distinctiveness minus fall by raw frequency": (
+        "the most used experts take more refusals with them because they take the answers too: half of the answered "
+        "prompts change their label, against 1% with the distinctive ones off (see the harm)"
+    ),
+}
 
 TIMES = (
     "yesterday", "today", "last week", "last year", "in May", "in June", "in winter", "in summer",
