@@ -64,7 +64,7 @@ NOT_SHOWN = {
     "the 8 most distinctive off: part of the refusals that goes": (
         "the implanted refusal does not sit in 8 of 192 experts: 2% of it goes, and with 24 off 13% (28% by the last "
         "token's ranking) at little harm to the answers. Training routers and experts alone, tried on another seed, "
-        "gave 6% at 8; a fine-tuning of two minutes spreads it over many experts, and the ranking is half as stable"
+        "gave 6% at 8. It seems spread over many experts: two halves of the prompts agree on half of the ranking"
     ),
     "random ones of the same layers off: their part of that fall": "there is hardly a fall to be a part of (see above)",
     "fall by distinctiveness minus fall by raw frequency": (
