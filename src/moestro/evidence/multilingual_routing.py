@@ -19,8 +19,8 @@ away, or activated hard. Intervals are over problems, each the mean over four la
 
 Numbers are digits, not words: on a seed that is not reported, number words in other languages stayed at chance after
 300 steps of this mixture, steered by nothing. A quick run with 40 problems had shown no effect of steering; the number
-of problems was then raised from 200 to 300, the sets, strength and thresholds were not touched. Not tried, for want of scale: benchmark questions, fifteen languages,
-whether task and language experts are disjoint in a large model.
+of problems was then raised from 200 to 300, the sets, strength and thresholds were not touched. Not tried, for want of
+scale: benchmark questions, fifteen languages, whether task and language experts are disjoint in a large model.
 """
 
 from __future__ import annotations

@@ -18,11 +18,12 @@ attention sinks.
 quartet has no super expert by the rule and no massive activation. In four of the nine planted models frequency keeps
 all planted experts anyway; protection changes nothing there.
 
-How experts are planted (their router row, the doubled output embedding, the length of the windows) was settled in trials,
-on two of the seeds too: until the first token alone excites them, and a count of tokens can miss them. Controls are 5 draws of as many experts of the same layers, and of any layers. A
-model of fewer than 1000 experts is held to ten times the median output in the place of the paper's quantile; that was
-chosen when quartet, whose outputs are even, was seen to pass with nearly all its experts, before any claim was
-measured. Cannot be shown here: the collapse of reasoning, and the sink decay of 90% of large models.
+How experts are planted (their router row, the doubled output embedding, the length of the windows) was settled in
+trials, on two of the seeds too: until the first token alone excites them, and a count of tokens can miss them. Controls
+are 5 draws of as many experts of the same layers, and of any layers. A model of fewer than 1000 experts is held to ten
+times the median output in the place of the paper's quantile; that was chosen when quartet, whose outputs are even, was
+seen to pass with nearly all its experts, before any claim was measured. Cannot be shown here: the collapse of
+reasoning, and the sink decay of 90% of large models.
 """
 
 from __future__ import annotations
