@@ -15,12 +15,12 @@ so that one example tells the task. `quartet` itself could not serve: it has not
 - *Transfer*: one task's theta with another task's own embedding, on that task, within families and between.
 - *Intervals* are over the 24 tasks of the three models (bootstrap, 95%).
 
-A trial run trained on rows of seven examples, so that ten were more than the model had seen; they were made eleven. To
-keep within minutes, the steps on theta were halved, and the model's training was cut from 250 steps of 64 rows to 200 of
-40, before the first full run; the trial's model, better trained, had let injection reach what five examples gave. In
-that run all tasks of a model shared one
-draw of 8 random heads, by rank; the two random controls of 3 draws a task took its place, and the intervals behind the
-last claims were made rows. Claims and thresholds stayed as they were.
+A trial run trained on rows of seven examples, so that ten were more than the model had seen; they were made eleven.
+To keep within minutes, the steps on theta were halved, and the model's training was cut from 250 steps of 64 rows to
+200 of 40, before the first full run; the trial's model, better trained, had let injection reach what five examples
+gave. In that run all tasks of a model shared one draw of 8 random heads, by rank; the two random controls of 3 draws
+a task took its place, and the intervals behind the last claims were made rows. Claims and thresholds stayed as they
+were.
 
 Not tried here, for want of scale: natural language, where examples leave more to be wished for, and whole answers: an
 answer is one token here.
