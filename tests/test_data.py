@@ -422,7 +422,7 @@ def test_other_unusable_sources_are_refused(tmp_path):
         ValueError, match=r"a.parquet: no field 'text' or 'messages'; its fields are: body; .*text_field"
     ):
         load_texts(tmp_path / "a.parquet")
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*gone.jsonl.*embedded domains are"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*gone.*embedded domains are"):
         load_texts(str(tmp_path / "gone.jsonl"))
     with pytest.raises(FileNotFoundError, match="no file or folder 'no-such-domain'"):
         load_texts(["no-such-domain"])

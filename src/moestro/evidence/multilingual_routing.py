@@ -160,8 +160,9 @@ def run(
         for seed in range(seeds):
             found.append(_steering(rows, model, strings, seed, steps=steps, tests=tests, draws=draws))
             bar.advance(task)
-    claims = [*divergence_claims(rows, divergence), *steering_claims(rows, found)]
-    return Evidence(rows=list(rows), claims=claims)
+    _savings(rows, divergence)
+    _gains(rows, found)
+    return Evidence(rows=list(rows), claims=claims(rows))
 
 
 def _open(model: str) -> Any:
@@ -212,13 +213,11 @@ def exchanged(blocks: Sequence[Tensor], generator: torch.Generator) -> Tensor:
 
 
 class Found(NamedTuple):
-    """What one model's claims rest on."""
+    """Of one model."""
 
     languages: list[str]
     in_middle: dict[str, NDArray]
     """{what English it is compared with: divergence in the middle layers [languages, strings]}"""
-    outer_above_inner: Interval
-    p: float
 
 
 def _divergence(rows: Rows, view: Any, name: str, strings: dict[str, list[str]], draws: int) -> Found:
@@ -252,12 +251,12 @@ def _divergence(rows: Rows, view: Any, name: str, strings: dict[str, list[str]],
     outer = 0 if first[0] < first[-1] else len(layers) - 1
     inner = 1 + int(first[1:-1].argmin())
     by_string = compared[TRANSLATIONS].mean(axis=0)
-    above = difference(by_string[outer], by_string[inner])
-    _add_interval(rows, U_SHAPE, {"model": name}, above)
-    p = _by_language(rows, profiles, shown, inside[0], inside[1], middle) if name == TRAINED else 1.0
+    _add_interval(rows, U_SHAPE, {"model": name}, difference(by_string[outer], by_string[inner]))
+    if name == TRAINED:
+        _by_language(rows, profiles, shown, inside[0], inside[1], middle)
     places = [layers.index(layer) for layer in middle]
     in_middle = {pairing: table[:, places].mean(axis=1) for pairing, table in compared.items()}
-    return Found([name for name in profiles.domains if name != ENGLISH], in_middle, above, p)
+    return Found([name for name in profiles.domains if name != ENGLISH], in_middle)
 
 
 def _table(profiles: Profiles, **measure: Any) -> NDArray:
@@ -266,22 +265,18 @@ def _table(profiles: Profiles, **measure: Any) -> NDArray:
     return torch.stack([torch.stack(list(table.values())) for table in tables]).numpy()
 
 
-def _savings(rows: Rows, found: Sequence[Found]) -> dict[str, list[Interval]]:
-    """{control: part of the divergence that being translations saves, of the trained model and of each copy}"""
+def _savings(rows: Rows, found: Sequence[Found]) -> None:
+    """Part of the divergence that being translations saves, of the trained model (the first) and of each copy."""
     latin = np.array([language in LATIN for language in found[0].languages])
     groups = {"all": latin | ~latin, "Latin script": latin, "other scripts": ~latin}
-    saved: dict[str, list[Interval]] = {OTHER_STRINGS: [], AS_LONG: []}
-    for control, (group, own) in product(saved, groups.items()):
+    for control, (group, own) in product((OTHER_STRINGS, AS_LONG), groups.items()):
         pairs = [[f.in_middle[pairing][own].mean(axis=0) for pairing in (TRANSLATIONS, control)] for f in found]
         where = {"against": control, "languages": group}
         for number, pair in enumerate(pairs):
-            interval = bootstrap(*pair, statistic=_saved)
-            _add_interval(rows, SAVING, {"model": UNTRAINED if number else TRAINED} | where, interval)
-            if group == "all":
-                saved[control].append(interval)
+            model = {"model": UNTRAINED if number else TRAINED}
+            _add_interval(rows, SAVING, model | where, bootstrap(*pair, statistic=_saved))
         beyond = bootstrap(*pairs[0], *np.mean(pairs[1:], axis=0), statistic=_saved_beyond)
         _add_interval(rows, SAVING, {"model": "quartet minus copies"} | where, beyond)
-    return saved
 
 
 def _saved(translations: NDArray, others: NDArray, axis: int) -> Any:
@@ -304,8 +299,8 @@ def _by_language(
     pairs: Mapping[int, Tensor],
     losses: Mapping[str, tuple[float, int]],
     middle: Sequence[int],
-) -> float:
-    """Rows of the trained model by language; returns the p-value of more divergence going with more loss."""
+) -> None:
+    """Rows of the trained model by language."""
     divergence = routing.language_divergence(shown, ENGLISH)
     for language, table in divergence.items():
         for layer, value in table.items():
@@ -339,39 +334,6 @@ def _by_language(
     rows.add(CORRELATION, {"layer": "middle, one-sided", "": "p"}, p)
     by_rank = permutation_test(values, loss, statistic="spearman", alternative="greater")
     rows.add(CORRELATION, {"layer": "middle, ranks, one-sided", "": "p"}, by_rank)
-    return p
-
-
-def divergence_claims(rows: Rows, found: Sequence[Found]) -> list[Claim]:
-    """What the paper's claims about divergence come to; the first is the trained model."""
-    saved = _savings(rows, found)
-    return [
-        *(
-            Claim(name=f"{SAVING}, against {control}, lower end", measured=own.low, relation=">=", needed=SAVED)
-            for control, (own, *_) in saved.items()
-        ),
-        *(
-            Claim(
-                name=f"that part in untrained copies, against {control}",
-                measured=fmean(copy.estimate for copy in copies),
-                relation="<",
-                needed=SAVED,
-            )
-            for control, (_, *copies) in saved.items()
-        ),
-        Claim(
-            name=f"{U_SHAPE}, lower end",
-            measured=found[0].outer_above_inner.low,
-            relation=">",
-            needed=0,
-        ),
-        Claim(
-            name="languages with more divergence in the middle layers have more loss: p-value",
-            measured=found[0].p,
-            relation="<=",
-            needed=P_VALUE,
-        ),
-    ]
 
 
 # Steering
@@ -479,34 +441,69 @@ def _answered(view: Any, edit: Edit | None, language: str, some: Sequence[Proble
         return answers(view, language, some)
 
 
-def steering_claims(rows: Rows, found: Sequence[Answers]) -> list[Claim]:
-    """What the paper's claims about steering come to; units are problems, each the mean over languages and seeds."""
+STEERINGS = [(SOFT, control) for control in (RANDOM, OUTER, BY_USE, NONE)] + [(NONE, AWAY)]
+"""(steering, steering that it should be better than)"""
 
-    def per_problem(steering: str, languages: Sequence[str]) -> NDArray:
-        return np.mean([seed[steering, language] for seed in found for language in languages], axis=0)
 
-    lows = {}
-    for better, worse in [(SOFT, control) for control in (RANDOM, OUTER, BY_USE, NONE)] + [(NONE, AWAY)]:
-        pairs = zip((EXACT, ANSWER_LOSS), per_problem(better, OTHERS), per_problem(worse, OTHERS), strict=True)
-        for metric, values, against in pairs:
-            interval = difference(values, against)
-            lows[metric, better, worse] = interval.low
-            _add_interval(rows, GAIN, {"measure": metric, "steering": better, "minus that of": worse}, interval)
-    english = float(per_problem(SOFT, [ENGLISH])[0].mean() - per_problem(NONE, [ENGLISH])[0].mean())
+def _gains(rows: Rows, found: Sequence[Answers]) -> None:
+    """Differences between steerings; units are problems, each the mean over languages and seeds."""
+
+    def per_problem(steering: str) -> NDArray:
+        return np.mean([seed[steering, language] for seed in found for language in OTHERS], axis=0)
+
+    for better, worse in STEERINGS:
+        for metric, values, against in zip((EXACT, ANSWER_LOSS), per_problem(better), per_problem(worse), strict=True):
+            where = {"measure": metric, "steering": better, "minus that of": worse}
+            _add_interval(rows, GAIN, where, difference(values, against))
+
+
+def claims(rows: Rows) -> list[Claim]:
+    """What the paper's claims come to here."""
+
+    def saved(model: str, against: str, part: str) -> float:
+        return rows.mean(SAVING, {"model": model, "against": against, "languages": "all", "": part})
+
+    def lower_end(better: str, worse: str) -> float:
+        return rows.mean(GAIN, {"measure": EXACT, "steering": better, "minus that of": worse, "": "low"})
+
+    english = [rows.mean(EXACT, {"steering": steering, "language": ENGLISH}) for steering in (SOFT, NONE)]
+    shape, p_value = {"model": TRAINED, "": "low"}, {"layer": "middle, one-sided", "": "p"}
+    controls = (OTHER_STRINGS, AS_LONG)
     return [
         *(
             Claim(
+                name=f"{SAVING}, against {c}, lower end", measured=saved(TRAINED, c, "low"), relation=">=", needed=SAVED
+            )
+            for c in controls
+        ),
+        *(
+            Claim(
+                name=f"that part in untrained copies, against {c}",
+                measured=saved(UNTRAINED, c, "estimate"),
+                relation="<",
+                needed=SAVED,
+            )
+            for c in controls
+        ),
+        Claim(name=f"{U_SHAPE}, lower end", measured=rows.mean(U_SHAPE, shape), relation=">", needed=0),
+        Claim(
+            name="languages with more divergence in the middle layers have more loss: p-value",
+            measured=rows.mean(CORRELATION, p_value),
+            relation="<=",
+            needed=P_VALUE,
+        ),
+        *(
+            Claim(
                 name=f"exact match in other languages: {better} minus {worse}, lower end",
-                measured=low,
+                measured=lower_end(better, worse),
                 relation=">",
                 needed=0,
             )
-            for (metric, better, worse), low in lows.items()
-            if metric == EXACT
+            for better, worse in STEERINGS
         ),
         Claim(
             name="exact match in English: moved by the task experts",
-            measured=abs(english),
+            measured=abs(english[0] - english[1]),
             relation="<=",
             needed=ENGLISH_MOVES,
         ),

@@ -104,6 +104,7 @@ SHARES = "share of held-out prompts, by what the model writes"
 FALL = "fall of the refusal rate with n experts off, as a part of it"
 HARM = "share of answered prompts whose label changes with n experts off"
 REFUSALS = "share of answered prompts that are refused with n experts off"
+EXCESS = "that share minus that with random experts of the same layers, with its interval"
 FORCED = "share of answered prompts that are refused with 8 experts forced on"
 SWITCHED = "share of prompts answered in English that are answered in Russian with 8 experts off"
 LOSS = "rise of the held-out loss on unrelated text with 8 experts off, as a part of it"
@@ -209,7 +210,10 @@ def run(
             _language(rows, model, switched, draws, seed)
             _unrelated(rows, model, heldout_tokens)
             bar.advance(task)
-    return Evidence(rows=list(rows), claims=claims(rows, forced.excess, switched.excess))
+    for name, pooled in ((FORCED, forced), (SWITCHED, switched)):
+        for end in ("estimate", "low", "high"):
+            rows.add(EXCESS, {"of": name, "": end}, getattr(pooled.excess, end))
+    return Evidence(rows=list(rows), claims=claims(rows))
 
 
 class Pooled:
@@ -331,7 +335,7 @@ def _unrelated(rows: Rows, model: Implanted, tokens: int) -> None:
     rows.add(RESTORED, {"model": "fine-tuned"}, float((after - before).abs().max()))
 
 
-def claims(rows: Rows, forced: stats.Interval, switched: stats.Interval) -> list[Claim]:
+def claims(rows: Rows) -> list[Claim]:
     """What the paper's claims come to here."""
 
     def at(metric: str, off: str) -> float:
@@ -358,13 +362,13 @@ def claims(rows: Rows, forced: stats.Interval, switched: stats.Interval) -> list
         ),
         Claim(
             name=f"the {MAIN} forced on: rise of refusals over random ones of the same layers (low end)",
-            measured=forced.low,
+            measured=rows.mean(EXCESS, {"of": FORCED, "": "low"}),
             relation=">",
             needed=0,
         ),
         Claim(
             name=f"the {MAIN} most distinctive of English off: answers in Russian over random ones (low end)",
-            measured=switched.low,
+            measured=rows.mean(EXCESS, {"of": SWITCHED, "": "low"}),
             relation=">",
             needed=0,
         ),
