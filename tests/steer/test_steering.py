@@ -83,6 +83,8 @@ def test_edits_that_no_file_can_hold_are_refused(view) -> None:
 
 def test_broken_files_are_refused_by_name(view, tmp_path) -> None:
     path = tmp_path / "s.json"
+    with pytest.raises(FileNotFoundError, match="no steering file at"):
+        Steering.load(path)
     path.write_text('{"edits": []}')
     with pytest.raises(ValueError, match=r"s\.json is no steering file: model"):
         Steering.load(path)

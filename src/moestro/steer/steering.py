@@ -227,6 +227,8 @@ class Steering(BaseModel):
     @classmethod
     def load(cls, path: str | Path) -> Steering:
         """Raises FileNotFoundError, or ValueError for a file that is no steering setup."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no steering file at {path}; `moestro steer` and `moestro studio` write them")
         try:
             return cls.model_validate_json(Path(path).read_text())
         except ValidationError as e:
