@@ -69,11 +69,11 @@ def reproduce(
     settings: dict[str, Any] = {} if model is None else {"model": model}
     for key in chosen:
         record = records.run(key, quick=quick, **settings)
+        told = "not recorded: only a full run on the bundled model, in a checkout of the sources, is"
+        if not (quick or settings or page.page_path() is None):
+            told = f"recorded in {records.save(record)}, {page.write_page()}"  # before anything else can fail
         _print(record)
-        if quick or settings or page.page_path() is None:
-            console.print("not recorded: only a full run on the bundled model, in a checkout of the sources, is")
-        else:
-            console.print(f"recorded in {records.save(record)}, {page.write_page()}", highlight=False)
+        console.print(told, highlight=False)
 
 
 def _print(record) -> None:

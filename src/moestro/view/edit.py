@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moestro.routing import Routing
+from moestro.sets import by_layer
 from moestro.view.events import Batch
 from moestro.view.layers import MoELayer
 
@@ -108,13 +109,6 @@ class Edit(RowChoice):
     """Whether `output` looks at the output it is given; where no edit does, the experts are not run."""
 
 
-def _by_layer(experts: Iterable[ExpertId]) -> dict[int, list[int]]:
-    grouped: dict[int, list[int]] = {}
-    for layer, expert in sorted(set(experts)):
-        grouped.setdefault(layer, []).append(expert)
-    return grouped
-
-
 def _check_ids(layer: MoELayer, ids: Sequence[int]) -> None:
     wrong = [e for e in ids if not 0 <= e < layer.num_experts]
     if wrong:
@@ -128,7 +122,7 @@ class OnExperts(Edit):
     experts: Iterable[ExpertId]
 
     def __post_init__(self) -> None:
-        self.ids = _by_layer(self.experts)
+        self.ids = by_layer(self.experts)
         self._columns = {layer: torch.tensor(ids) for layer, ids in self.ids.items()}
 
     def layers(self) -> Collection[int]:
@@ -249,7 +243,7 @@ class Gain(Edit):
     """Afterwards scale a token's weights to their former sum (not where nothing is left)."""
 
     def __post_init__(self) -> None:
-        self.ids = _by_layer(self.gains)
+        self.ids = by_layer(self.gains)
         self._tables: dict[int, Tensor] = {}
 
     def layers(self) -> Collection[int]:

@@ -14,7 +14,7 @@ N tokens with padding removed, P places.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moestro.sets import by_layer
 from moestro.view.edit import RowChoice
 from moestro.view.events import Batch, Observer, Tokens
 
@@ -216,21 +217,24 @@ class HeadEdit(RowChoice):
         return z
 
 
-def _heads_by_layer(heads: Iterable[HeadId]) -> dict[int, list[int]]:
-    grouped: dict[int, list[int]] = {}
-    for layer, head in sorted(set(heads)):
-        grouped.setdefault(layer, []).append(head)
-    return grouped
+@dataclass(eq=False)
+class _OnHeads(HeadEdit):
+    """Base of the edits of single heads: those of the first field of its own, a collection or mapping by pairs."""
 
+    def __post_init__(self) -> None:
+        first = next(f.name for f in fields(self) if f.name != "rows")
+        self.ids = by_layer(getattr(self, first))
 
-def _check_heads(layer: HeadLayer, heads: Sequence[int]) -> None:
-    wrong = [h for h in heads if not 0 <= h < layer.num_heads]
-    if wrong:
-        raise ValueError(f"layer {layer.index} has heads 0..{layer.num_heads - 1}; there is no head {wrong[0]}")
+    def layers(self) -> Collection[int]:
+        return self.ids
+
+    def check(self, layer: HeadLayer) -> None:
+        if wrong := [h for h in self.ids[layer.index] if not 0 <= h < layer.num_heads]:
+            raise ValueError(f"layer {layer.index} has heads 0..{layer.num_heads - 1}; there is no head {wrong[0]}")
 
 
 @dataclass(eq=False)
-class HeadMask(HeadEdit):
+class HeadMask(_OnHeads):
     """Take heads out: their z becomes zero, a given mean, or what uniform attention to the allowed keys gives."""
 
     heads: Iterable[HeadId]
@@ -238,14 +242,8 @@ class HeadMask(HeadEdit):
     means: Mapping[int, Float[Tensor, "a d"]] | None = None
     """{layer: mean z of every head}, for "mean": see `HeadMeans`"""
 
-    def __post_init__(self) -> None:
-        self.ids = _heads_by_layer(self.heads)
-
-    def layers(self) -> Collection[int]:
-        return self.ids
-
     def check(self, layer: HeadLayer) -> None:
-        _check_heads(layer, self.ids[layer.index])
+        super().check(layer)
         if self.mode == "mean":
             given = tuple(self.means[layer.index].shape) if self.means and layer.index in self.means else None
             if given != (layer.num_heads, layer.head_dim):
@@ -271,19 +269,10 @@ class HeadMask(HeadEdit):
 
 
 @dataclass(eq=False)
-class HeadGain(HeadEdit):
+class HeadGain(_OnHeads):
     """Multiply what heads contribute: 0 takes a head out, 1 leaves it."""
 
     gains: Mapping[HeadId, float]
-
-    def __post_init__(self) -> None:
-        self.ids = _heads_by_layer(self.gains)
-
-    def layers(self) -> Collection[int]:
-        return self.ids
-
-    def check(self, layer: HeadLayer) -> None:
-        _check_heads(layer, self.ids[layer.index])
 
     def z(self, call: HeadCall, z: Tensor) -> Tensor:
         table = torch.ones(call.layer.num_heads, dtype=z.dtype)
@@ -293,7 +282,7 @@ class HeadGain(HeadEdit):
 
 
 @dataclass(eq=False)
-class HeadPatch(HeadEdit):
+class HeadPatch(_OnHeads):
     """Put given vectors in the place of heads' q, k, v or z at some positions; elsewhere nothing changes.
 
     A patched key or value is that of the head's group (grouped-query attention), for every head that reads it. Keys
@@ -305,14 +294,8 @@ class HeadPatch(HeadEdit):
     part: Part = "z"
     at: At = "last"
 
-    def __post_init__(self) -> None:
-        self.ids = _heads_by_layer(self.values)
-
-    def layers(self) -> Collection[int]:
-        return self.ids
-
     def check(self, layer: HeadLayer) -> None:
-        _check_heads(layer, self.ids[layer.index])
+        super().check(layer)
         for head in self.ids[layer.index]:
             value = self.values[layer.index, head]
             if value.dim() not in (1, 2, 3):
@@ -368,22 +351,13 @@ class HeadPatch(HeadEdit):
 
 
 @dataclass(eq=False)
-class ForcePattern(HeadEdit):
+class ForcePattern(_OnHeads):
     """Let heads attend to given keys alone, to each alike, from some queries: 1 / number of keys, 0 elsewhere."""
 
     heads: Iterable[HeadId]
     keys: Int[Tensor, "b p"]
     """Positions of the keys in each row; -1 for none."""
     at: At = "last"
-
-    def __post_init__(self) -> None:
-        self.ids = _heads_by_layer(self.heads)
-
-    def layers(self) -> Collection[int]:
-        return self.ids
-
-    def check(self, layer: HeadLayer) -> None:
-        _check_heads(layer, self.ids[layer.index])
 
     def pattern_heads(self, layer: int) -> Sequence[int]:
         return self.ids[layer]
