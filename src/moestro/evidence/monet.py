@@ -21,23 +21,17 @@ experts, code generation and toxicity benchmarks, what single experts mean to a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import moestro.view.open as opening
 from moestro.evidence.base import Claim, Evidence, Rows, ratio
+from moestro.evidence.removal import removal, rises
 from moestro.evidence.training import Packed, losses_by_domain, packed, train_lm
 from moestro.models.lm import MoELMForCausalLM
 from moestro.models.monet import HorizontalExperts, MonetRouter, Pairs, Parts, VerticalExperts, ambiguity, uniformity
-from moestro.routing import dense_weights
-from moestro.steer.expert_masking import assign_experts, expert_mass, mask_experts
-from moestro.view.edit import Gain
 
 TITLE = "Monet: Mixture of Monosemantic Experts for Transformers"
 ARXIV = "2412.04139"
@@ -50,6 +44,7 @@ SOURCES = (
     "steer/expert_masking.py",
     "layers/routers/top_k.py",
     "evidence/base.py",
+    "evidence/removal.py",
     "evidence/training.py",
     "data/sample/*.jsonl.gz",
 )
@@ -82,9 +77,6 @@ PARAMETERS = "parameters without embeddings, thousands"
 AMBIGUITY, UNIFORMITY = "ambiguity (mean of 1 - largest gate), held out", "uniformity (least possible: 3.466), held out"
 DIFFERENCE = "largest difference of the fast sum from the explicit one, as a part of the largest output"
 
-Removal = tuple[dict[str, Callable[[], AbstractContextManager[None]]], float]
-"""({domain: what removes its experts}, share of experts owned)"""
-
 
 def run(*, seeds: int = 3, steps: int = 180, progress: bool = True) -> Evidence:
     """Train every model with every seed, remove each domain's experts, and hold the claims against it."""
@@ -103,11 +95,15 @@ def run(*, seeds: int = 3, steps: int = 180, progress: bool = True) -> Evidence:
             rows.add(PARAMETERS, {"model": name}, _parameters(model) / 1000)
             if name in (MONET, NO_LOSSES):
                 _gates(rows, name, model, heldout)
-            if name not in REMOVALS:
+            if name == NO_LOSSES:
                 continue
-            remove, owned = REMOVALS[name](model, calibration)
-            rows.add(OWNED, {"model": name}, owned)
-            _remove(rows, name, model, remove, trained.heldout, heldout)
+            of = removal(model, calibration)
+            rows.add(OWNED, {"model": name}, of.owned)
+            found = rises(of, partial(losses_by_domain, model, heldout))
+            for metric, values in zip((TARGET, OTHERS), zip(*found.values())):
+                for domain, value in zip(found, values):
+                    rows.add(metric, {"model": name, "removed": domain}, value)
+                rows.add(metric, {"model": name, "removed": "mean"}, fmean(values))
     return Evidence(rows=list(rows), claims=claims(rows))
 
 
@@ -136,93 +132,6 @@ def _gates(rows: Rows, name: str, model: Any, heldout: Packed) -> None:
         hook.remove()
     rows.add(AMBIGUITY, {"model": name}, fmean(float(ambiguity(parts)) for parts in seen))
     rows.add(UNIFORMITY, {"model": name}, fmean(float(uniformity(parts)) for parts in seen))
-
-
-def _remove(
-    rows: Rows,
-    name: str,
-    model: MoELMForCausalLM,
-    remove: dict[str, Callable[[], AbstractContextManager[None]]],
-    whole: dict[str, float],
-    heldout: Packed,
-) -> None:
-    for domain in DOMAINS:
-        with remove[domain]():
-            losses = losses_by_domain(model, heldout)
-        rise = {d: losses[d] - whole[d] for d in DOMAINS}
-        rows.add(TARGET, {"model": name, "removed": domain}, rise[domain])
-        rows.add(OTHERS, {"model": name, "removed": domain}, fmean(rise[d] for d in DOMAINS if d != domain))
-    for metric in (TARGET, OTHERS):
-        values = [rows.values(metric, {"model": name, "removed": domain})[-1] for domain in DOMAINS]
-        rows.add(metric, {"model": name, "removed": "mean"}, fmean(values))
-
-
-def remove_monet(model: MoELMForCausalLM, calibration: dict[str, list[Tensor]]) -> Removal:
-    owned = assign_experts(expert_mass(model, calibration))
-    masks = dict(zip(DOMAINS, owned, strict=True))
-    return {d: partial(mask_experts, model, mask) for d, mask in masks.items()}, float(owned.float().mean())
-
-
-@torch.no_grad()
-def remove_plain(model: MoELMForCausalLM, calibration: dict[str, list[Tensor]]) -> Removal:
-    """The same rule for the experts of a plain mixture; removed is what they add."""
-    view = opening.open(model)
-    seen: list[Tensor] = []
-    hooks = [
-        layer.router.register_forward_hook(lambda _, args, out: seen.append(dense_weights(out, 16).mean(dim=0)))
-        for layer in view.layers
-    ]
-    for batches in calibration.values():
-        model(input_ids=batches[0], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    by_domain = torch.stack(seen).unflatten(0, (len(calibration), -1))
-    owned = _owned(by_domain.permute(1, 2, 0))
-    closed = [Gain({(view.layers[g].index, e): 0.0 for g, e in mask.nonzero().tolist()}) for mask in owned]
-    return {d: partial(view.edits, gain) for d, gain in zip(DOMAINS, closed, strict=True)}, float(owned.float().mean())
-
-
-@torch.no_grad()
-def remove_dense(model: MoELMForCausalLM, calibration: dict[str, list[Tensor]]) -> Removal:
-    """The same rule for the neurons of the first layer's feed-forward part."""
-    down: Any = model.model.layers[0].mlp.down_proj
-    by_domain: list[Tensor] = []
-    hook = down.register_forward_pre_hook(
-        lambda _, args: by_domain.append(args[0].abs().flatten(0, -2).mean(dim=0, keepdim=True))
-    )
-    for batches in calibration.values():
-        model(input_ids=batches[0], use_cache=False)
-    hook.remove()
-    owned = _owned(torch.stack(by_domain, dim=-1))
-
-    @contextmanager
-    def without(mask: Tensor) -> Any:
-        hook = down.register_forward_pre_hook(lambda _, args: (args[0].masked_fill(mask, 0.0),))
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    masks = dict(zip(DOMAINS, owned[:, 0], strict=True))
-    return {d: partial(without, mask) for d, mask in masks.items()}, float(owned.float().mean())
-
-
-def _owned(mass: Tensor) -> Tensor:
-    """[D, L, E]: the 2x rule on mass [L, E, D], and in every layer at least the expert with the largest ratio."""
-    owned = assign_experts(mass.unsqueeze(1))[:, :, 0]
-    for d in range(mass.shape[-1]):
-        others = mass[..., [o for o in range(mass.shape[-1]) if o != d]].amax(dim=-1)
-        best = (mass[..., d] / others.clamp_min(1e-9)).argmax(dim=-1)
-        if not owned[d].any():
-            owned[d, torch.arange(len(best)), best] = True
-    return owned
-
-
-REMOVALS: dict[str, Callable[[MoELMForCausalLM, dict[str, list[Tensor]]], Removal]] = {
-    MONET: remove_monet,
-    PLAIN: remove_plain,
-    DENSE: remove_dense,
-}
 
 
 @torch.no_grad()

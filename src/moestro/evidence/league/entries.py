@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from moestro.evidence.league.interpretability import interpretability
 from moestro.evidence.league.tasks import Task
 from moestro.models.deepseek_moe import segment
 from moestro.models.lm import MoELMForCausalLM
@@ -70,5 +71,7 @@ NOTES: dict[str, str] = {
 }
 """What a reader of the table has to know about an entry."""
 
-MEASURES: dict[str, Callable[[MoELMForCausalLM, Task], dict[str, float]]] = {}
-"""{entry: what else to measure on its trained model}; the numbers stand below the table."""
+MEASURES: dict[str, Callable[[MoELMForCausalLM, Task], dict[str, float]]] = dict.fromkeys(
+    ("dense", "top_k", "moe-x", "monet"), interpretability
+)
+"""{entry: what else to measure on its trained model, {name: number}}; it stands in a table of its own."""

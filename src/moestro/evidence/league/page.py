@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import statistics
@@ -12,10 +13,9 @@ from typing import Any
 import polars as pl
 
 from moestro.evidence import records
-from moestro.evidence.league.entries import ENTRIES, NOTES
+from moestro.evidence.league.entries import ENTRIES, MEASURES, NOTES
 from moestro.evidence.league.run import Settings, outdated, recorded
 from moestro.evidence.league.tasks import TASKS
-from moestro.report.figures import significant
 from moestro.report.league_figure import Panel, league_figure
 
 LEAST_SEEDS = 3
@@ -64,7 +64,7 @@ def lines(table: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
     for entry in entries_of(table):
         own = table.filter(pl.col("entry") == entry)
         by_task = [own.filter(pl.col("task") == task) for task in tasks]
-        cells = [entry + "†" * (_excess(own) > 0.01), *(_loss(part["loss"].to_list()) for part in by_task)]
+        cells = [entry + "†" * (_excess(own) > 0.01), *(_spread(part["loss"].to_list()) for part in by_task)]
         bits = [_mean(part["information"].to_list()) for part in by_task]
         cells.append(" / ".join(map(_two, bits)) if any(b is not None for b in bits) else "")
         cells += [_two(_mean(own[name].to_list())) for name in ("violation", "entropy")]
@@ -104,7 +104,7 @@ def _two(value: float | None) -> str:
     return "" if value is None else f"{value:z.2f}"
 
 
-def _loss(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float]) -> str:
     finite = [v for v in values if math.isfinite(v)]
     parts = [f"{statistics.fmean(finite):.3f}"] if finite else []
     parts += [f"± {statistics.stdev(finite):.3f}"] if len(finite) > 1 else []
@@ -136,13 +136,19 @@ def cautions(table: pl.DataFrame) -> list[str]:
     return said
 
 
-def extras(table: pl.DataFrame) -> dict[str, dict[str, str]]:
-    """{entry: {what: mean over its runs}} of what only that entry measures."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for entry, text in table.filter(pl.col("extra").is_not_null()).select("entry", "extra").iter_rows():
-        for name, value in json.loads(text).items():
-            found.setdefault(entry, {}).setdefault(name, []).append(value)
-    return {e: {n: significant(statistics.fmean(v)) for n, v in what.items()} for e, what in found.items()}
+def extras(table: pl.DataFrame) -> dict[str, list[list[str]]]:
+    """{task: header and lines} of what only some entries measure; mean ± standard deviation over seeds."""
+    found: dict[str, list[list[str]]] = {}
+    for task in (t for t in TASKS if t in table["task"].unique()):
+        measured: dict[str, dict[str, list[float]]] = {}
+        rows = table.filter((pl.col("task") == task) & pl.col("extra").is_not_null())
+        for entry, text in rows.select("entry", "extra").iter_rows():
+            for name, value in json.loads(text).items():
+                measured.setdefault(name, {}).setdefault(entry, []).append(value)
+        if measured:
+            cells = [[e, *(_spread(measured[name].get(e, [])) for name in measured)] for e in entries_of(rows)]
+            found[task] = [["entry", *measured], *cells]
+    return found
 
 
 def figure(table: pl.DataFrame) -> str:
@@ -174,7 +180,7 @@ def markdown(table: pl.DataFrame, picture: str, command: str) -> str:
     """The page."""
     header, body = lines(table)
     described = "\n".join(f"- *{name}*: {_first_line(make.__doc__)}" for name, make in TASKS.items())
-    more = [f"- {e}: {', '.join(f'{n} {v}' for n, v in what.items())}" for e, what in extras(table).items()]
+    more = [f"### {task}\n\n{_table(rows)}" for task, rows in extras(table).items()]
     notes = [f"- *{e}*: {NOTES[e]}" for e in entries_of(table) if e in NOTES]
     configs = {e: table.filter(pl.col("entry") == e)["config"][0] for e in entries_of(table)}
     parts = [
@@ -184,8 +190,8 @@ def markdown(table: pl.DataFrame, picture: str, command: str) -> str:
         LEGEND,
         f"![Loss, balance, specialisation and speed of every entry]({picture})",
         *(["About single entries:\n\n" + "\n".join(notes)] if notes else []),
-        *(["Measured for single entries:\n\n" + "\n".join(more)] if more else []),
         RULES.format(tasks=described),
+        *(["## Measured for some entries", *_measures(table), *more] if more else []),
         "## The settings",
         _settings(table),
         "What each entry changes in the model:",
@@ -207,6 +213,12 @@ def _settings(table: pl.DataFrame) -> str:
         f"decay to a tenth. Model: {size}. {len(table)} runs in {minutes:.0f} minutes of one process, {when} "
         f"({'; '.join(sorted(table['machine'].unique()))})."
     )
+
+
+def _measures(table: pl.DataFrame) -> list[str]:
+    """What the functions that measured more say of themselves."""
+    docs = [MEASURES[entry].__doc__ for entry in entries_of(table) if entry in MEASURES]
+    return list(dict.fromkeys(inspect.cleandoc(doc) for doc in docs if doc))
 
 
 def _first_line(text: str | None) -> str:

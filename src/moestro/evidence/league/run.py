@@ -214,10 +214,11 @@ def _json(value: Any) -> str:
 
 
 def code_of(model: nn.Module, entry: str) -> str:
-    """Fingerprint of the code that the entry's row depends on: CODE, and the files of the model's own parts."""
+    """Fingerprint of what the entry's row depends on: CODE, the files of the model's own parts, its MEASURES."""
     kinds = {type(module) for module in model.modules()} | {type(r) for r in measure.routers_of(model)}
     own = [kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "transformers")]
-    files = {PACKAGE / name for name in CODE} | {Path(f) for kind in own if (f := inspect.getsourcefile(kind))}
+    parts: list[Any] = [*own, *filter(None, [MEASURES.get(entry)])]
+    files = {PACKAGE / name for name in CODE} | {Path(f) for part in parts if (f := inspect.getsourcefile(part))}
     text = " ".join([entry, *sorted(fingerprint(file) for file in files)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
