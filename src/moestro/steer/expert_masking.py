@@ -45,7 +45,7 @@ def expert_mass(model: nn.Module, data: Mapping[str, Iterable[Any]]) -> Float[Te
     return torch.stack(by_domain, dim=-1)
 
 
-def assign_experts(mass: Float[Tensor, "*experts d"], *, ratio: float = RATIO) -> Bool[Tensor, "d *experts"]:
+def assign_experts(mass: Float[Tensor, "... d"], *, ratio: float = RATIO) -> Bool[Tensor, "d ..."]:
     """Which experts belong to each domain, by the rule above; those of any model with such a mass.
 
     Raises ValueError for fewer than two domains, or a ratio below 1, with which two domains could own an expert.
