@@ -220,3 +220,16 @@ def test_statistics_are_those_of_the_routing() -> None:
         view.observe([part], [half], progress=False)
     halves[0].merge(halves[1])
     assert halves[0].result().by_domain() == pytest.approx(active.by_domain())
+
+
+def test_difficulty_is_the_same_of_a_streamed_model(tmp_path: Path) -> None:
+    small_lm(**LM).eval().save_pretrained(tmp_path)
+    data = [token_ids(2, 10), token_ids(3, 7), token_ids(1, 5)]
+    inside, streamed = (
+        moestro.open(tmp_path, stream=stream).observe(data, [Difficulty()], progress=False)[0]
+        for stream in (False, True)
+    )
+    assert len(inside.loss) == 2 * 9 + 3 * 6 + 4
+    assert len(inside.experts.unique()) > 1
+    assert torch.equal(streamed.experts, inside.experts)
+    assert torch.equal(streamed.loss, inside.loss)

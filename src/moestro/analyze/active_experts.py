@@ -9,6 +9,7 @@ Shapes: L layers, D domains, E experts, N tokens, K slots.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Self
 
@@ -104,14 +105,14 @@ class Difficulty:
 
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self._layers: dict[int, list[Tensor]] = {}
+        self._layers: dict[int, deque[Tensor]] = {}
+        """Batches whose logits are still to come: one where the model is in memory, all where it is streamed."""
 
     def update(self, event: MoEEvent) -> None:
-        self._layers.setdefault(event.layer, []).append(used_slots(event))
+        self._layers.setdefault(event.layer, deque()).append(used_slots(event))
 
     def update_logits(self, batch: Batch, ids: Int[Tensor, "b t"], logits: Float[Tensor, "b t v"]) -> None:
-        experts = torch.stack([torch.cat(parts) for parts in self._layers.values()]).sum(dim=0)
-        self._layers.clear()
+        experts = torch.stack([batches.popleft() for batches in self._layers.values()]).sum(dim=0)
         on_grid = batch.on_grid(experts, -1)
         known = on_grid >= 0
         both = known[:, :-1] & known[:, 1:]
