@@ -35,7 +35,8 @@ LEGEND = """- *loss*: held out, nats per token that counts, mean over domains; m
 - *violation*: how far the busiest expert is above the mean load; *entropy*: of the loads, 1 when even. Both are
   means over tasks, seeds and layers, on held-out rows.
 - *router time*: share of a forward pass; *training*, *inference*: tokens per second, of optimiser steps and of forward
-  passes without gradients; medians over all runs of the entry.
+  passes without gradients; medians over all runs of the entry. They were taken one run after the other, so what else
+  the machine did is in them: `benchmarks/routers.py` compares the routers' costs in turn.
 - *active*: parameters that a token passes, without embeddings and routers; *slots*: what it used per layer, in
   training / held out. † marks entries whose slots made over 1% more parameters active than that: they choose the number
   themselves, and had more computation than the others.
