@@ -1,5 +1,6 @@
 """The dense-to-sparse gate, and the mixture of Gaussian experts that says what its temperature can be learned from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from moestro.train.gaussian_moe import (
     fit,
     fit_em,
     identity,
-    rate_study,
+    split,
     voronoi_loss,
 )
 from native_lm import check_generates, check_observed, check_round_trip, check_trains, small_lm
@@ -174,28 +175,27 @@ def test_a_collapsed_expert_is_reported() -> None:
     assert not fit(x, x[:, 0] + 1, truth).converged
 
 
-def test_voronoi_loss_is_zero_at_the_truth_and_knows_atoms_that_share_a_cell() -> None:
+@pytest.mark.parametrize("which", [[0], [1], [0, 0], [1, 0]])
+@pytest.mark.parametrize("activation", [identity, torch.sigmoid])
+def test_a_split_expert_changes_neither_density_nor_distance(activation, which: list[int]) -> None:
+    truth = mixture(activation)
+    more = split(truth, which)
+    assert more.atoms.tolist() == truth.atoms[[0, *which, 1]].tolist()
+    x, y = truth.sample(10, seed=0)
+    torch.testing.assert_close(more.log_prob(x, y), truth.log_prob(x, y))
+    assert voronoi_loss(more, truth) == pytest.approx(0)
+
+
+def test_voronoi_loss_by_hand() -> None:
     truth = mixture()
     assert voronoi_loss(truth, truth) == pytest.approx(0)
-    split = mixture(
-        slope=[[1.5], [1.5]],
-        intercept=[0.3 - 0.7 * 0.6931471805599453] * 2,  # half of the first expert's mass each
-        coefficient=[[1.0], [1.0], [-1.0]],
-        offset=[1.0, 1.0, -0.5],
-        sd=[0.5] * 3,
-    )
-    x, y = truth.sample(10, seed=0)
-    torch.testing.assert_close(split.log_prob(x, y), truth.log_prob(x, y))
-    assert voronoi_loss(split, truth) == pytest.approx(0)
     apart = mixture(coefficient=[[1.1], [-1.0]])
     assert voronoi_loss(apart, truth) == pytest.approx(0.1 * torch.tensor(0.3 / 0.7).exp().item(), rel=1e-4)
-
-
-def test_rate_study_reports_what_failed() -> None:
-    study = rate_study(mixture(torch.tanh), sizes=(200, 800), seeds=range(3))
-    assert study.median("gate function")[1] < study.median("gate function")[0]
-    assert all(0 <= failed <= 3 for failed in study.failed)
-    assert study.slope("gate function") < 0
+    twice = split(truth, [1])  # coefficients of the last true expert's atoms off by 0.1 to the power 2, offset to 4
+    moved = replace(twice, coefficient=twice.coefficient + torch.tensor([[0.0], [0.1], [0.0]]))
+    assert voronoi_loss(moved, truth) == pytest.approx(0.1**2 / 2)
+    moved = replace(twice, offset=twice.offset + torch.tensor([0.0, 0.1, 0.1]))
+    assert voronoi_loss(moved, truth) == pytest.approx(0.1**4)
 
 
 def test_mixtures_refuse() -> None:
@@ -205,5 +205,11 @@ def test_mixtures_refuse() -> None:
         mixture(slope=[[1.0], [2.0]])
     with pytest.raises(ValueError, match=r"sd=0.01"):
         mixture(sd=[0.5, 0.01])
+    with pytest.raises(ValueError, match="expert 2 cannot be copied: there are 0 to 1"):
+        split(mixture(), [0, 2])
+    with pytest.raises(ValueError, match="2 fitted experts for 3 true ones"):
+        voronoi_loss(mixture(), split(mixture(), [0]))
+    with pytest.raises(ValueError, match="4 fitted experts share a true one; powers are known for up to 3"):
+        voronoi_loss(split(mixture(), [0] * 3), mixture())
     with pytest.raises(ValueError, match="order=3"):
         check_activation(torch.tanh, order=3)

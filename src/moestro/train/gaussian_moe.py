@@ -1,4 +1,4 @@
-"""A mixture of Gaussian regression experts under a softmax gate with temperature: simulated, fitted, and measured.
+"""A mixture of Gaussian regression experts under a softmax gate with temperature: simulated and fitted.
 
     p(y | x) = sum_e softmax_e((sigma(b1_e . x) + b0_e) / tau) * N(y | a_e . x + c_e, v_e)
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.optimize import minimize
 from torch import Tensor
 
@@ -27,7 +27,7 @@ VARIANCE_FLOOR = 1e-3
 INDEPENDENT = 1e-6
 """Smallest singular value of columns of length 1 from which they count as independent."""
 POWERS = {2: 4, 3: 6}
-"""r by the number of atoms in a cell: an expert fitted by 2 or 3 atoms has its intercept at rate n^(-1/2r)."""
+"""r by the number of atoms in a cell: an expert fitted by 2 or 3 atoms has its offset at rate n^(-1/2r)."""
 
 
 def identity(z: Tensor) -> Tensor:
@@ -80,6 +80,11 @@ class GaussianMoE:
     def variance(self) -> Float[Tensor, " e"]:
         return VARIANCE_FLOOR + self.log_variance.exp()
 
+    @property
+    def atoms(self) -> Float[Tensor, "e p"]:
+        """(a, c, v) of each expert."""
+        return torch.cat([self.coefficient, self.offset[:, None], self.variance[:, None]], dim=1)
+
     def vector(self) -> Float[Tensor, " p"]:
         """All parameters in a row."""
         return torch.cat([getattr(self, name).reshape(-1) for name in PARAMETERS])
@@ -91,10 +96,14 @@ class GaussianMoE:
         shaped = {name: part.view(getattr(self, name).shape) for name, part in zip(PARAMETERS, parts)}
         return replace(self, **shaped)
 
+    def gate_parameters(self) -> tuple[Float[Tensor, "e d"], Float[Tensor, " e"]]:
+        """Slopes and intercepts of the gate, those of the last expert included."""
+        slope, intercept = self.slope, self.intercept
+        return torch.cat([slope, slope.new_zeros(1, slope.shape[1])]), torch.cat([intercept, intercept.new_zeros(1)])
+
     def gate(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
         """Log gate weights."""
-        slope = torch.cat([self.slope, self.slope.new_zeros(1, self.slope.shape[1])])
-        intercept = torch.cat([self.intercept, self.intercept.new_zeros(1)])
+        slope, intercept = self.gate_parameters()
         return ((self.activation(x @ slope.T) + intercept) / self.tau).log_softmax(dim=-1)
 
     def joint(self, x: Float[Tensor, "n d"], y: Float[Tensor, " n"]) -> Float[Tensor, "n e"]:
@@ -203,21 +212,47 @@ def fisher_spectrum(mixture: GaussianMoE, x: Float[Tensor, "n d"], y: Float[Tens
     return torch.linalg.eigvalsh(scores.T @ scores / len(x))
 
 
+def split(mixture: GaussianMoE, which: Sequence[int]) -> GaussianMoE:
+    """The same density with a copy of each expert in `which`; an expert and its copies share its gate mass evenly.
+
+    Copies stand before the last expert, which stays the last. Raises ValueError for an expert that is not there.
+    """
+    last = len(mixture.offset) - 1
+    if strange := [e for e in which if not 0 <= e <= last]:
+        raise ValueError(f"expert {strange[0]} cannot be copied: there are 0 to {last}")
+    order = torch.tensor([*range(last), *which, last])
+    slope, intercept = mixture.gate_parameters()
+    shared = intercept - mixture.tau * order.bincount().to(intercept).log()
+    return replace(
+        mixture,
+        slope=slope[order[:-1]],
+        intercept=shared[order[:-1]] - shared[last],
+        coefficient=mixture.coefficient[order],
+        offset=mixture.offset[order],
+        log_variance=mixture.log_variance[order],
+    )
+
+
 def voronoi_loss(fitted: GaussianMoE, true: GaussianMoE) -> float:
     """Distance of a fit with as many or more experts from the true mixture: 0 when equal.
 
     Each fitted atom belongs to the nearest true one, by (a, c, v). Summed over the cells:
-        |sum over atoms of exp(b0 / tau) - exp(b0* / tau*)|
-        + sum over atoms of exp(b0 / tau) * (|b1 - b1*|^s + |a - a*|^s + |c - c*|^r + |v - v*|^(r/2)) + |tau - tau*|
-    with s = r = r/2 = 1 in a cell of one atom, and s = 2, r = POWERS[atoms] in one of several. The exact form for
-    temperature gates is reconstructed from the theory of softmax gates without one.
+        |sum over atoms of m - exp(b0* / tau*)|
+        + sum over atoms of m * (|b1 - b1*|^s + |a - a*|^s + |c - c*|^r + |v - v*|^(r/2)) + |tau - tau*|
+    with m = exp(b0 / tau), divided by what the cell of the last true expert holds of it: the pin, which makes one
+    fitted atom's m be 1, says nothing of the others in its cell. s = r = r/2 = 1 in a cell of one atom, and s = 2,
+    r = POWERS[atoms] in one of several. The exact form for temperature gates is reconstructed from the theory of
+    softmax gates without one.
 
-    Raises ValueError for more atoms in a cell than POWERS knows.
+    Raises ValueError for fewer atoms than true ones, or more in a cell than POWERS knows.
     """
-    slope, true_slope = (torch.cat([m.slope, m.slope.new_zeros(1, m.slope.shape[1])]) for m in (fitted, true))
-    mass, true_mass = (torch.cat([m.intercept / m.tau, m.tau.new_zeros(1)]).exp() for m in (fitted, true))
-    distance = torch.cdist(_atoms(fitted), _atoms(true))
-    cell = distance.argmin(dim=1)
+    if len(fitted.offset) < len(true.offset):
+        raise ValueError(f"{len(fitted.offset)} fitted experts for {len(true.offset)} true ones: fit as many or more")
+    (slope, intercept), (true_slope, true_intercept) = fitted.gate_parameters(), true.gate_parameters()
+    mass, true_mass = (intercept / fitted.tau).exp(), (true_intercept / true.tau).exp()
+    cell = voronoi_cells(fitted, true)
+    pinned = mass[cell == len(true_mass) - 1].sum()
+    mass = mass / pinned if pinned > 0 else mass
     total = (fitted.tau - true.tau).abs()
     for j in range(len(true_mass)):
         atoms = (cell == j).nonzero()[:, 0]
@@ -232,67 +267,9 @@ def voronoi_loss(fitted: GaussianMoE, true: GaussianMoE) -> float:
     return float(total)
 
 
-def _atoms(mixture: GaussianMoE) -> Float[Tensor, "e p"]:
-    return torch.cat([mixture.coefficient, mixture.offset[:, None], mixture.variance[:, None]], dim=1)
-
-
-@dataclass(frozen=True)
-class RateStudy:
-    """Absolute errors by name, [sizes, seeds]; NaN where a fit failed or its experts changed places."""
-
-    sizes: tuple[int, ...]
-    errors: dict[str, np.ndarray]
-
-    @property
-    def failed(self) -> list[int]:
-        """Fits without a result, by size."""
-        return np.isnan(next(iter(self.errors.values()))).sum(axis=1).tolist()
-
-    def median(self, name: str) -> np.ndarray:
-        """By size, over the fits that succeeded."""
-        return np.nanmedian(self.errors[name], axis=1)
-
-    def slope(self, name: str) -> float:
-        """Of log median error over log n: -0.5 is the parametric rate, 0 no gain from more samples."""
-        return float(np.polyfit(np.log(self.sizes), np.log(self.median(name)), 1)[0])
-
-
-def rate_study(
-    truth: GaussianMoE,
-    *,
-    sizes: Sequence[int],
-    seeds: Sequence[int],
-    jitter: float = 0.4,
-    on_fit: Callable[[], None] = lambda: None,
-) -> RateStudy:
-    """Fit samples of growing size from the truth + jitter * N(0, 1), and measure how far from the truth they end."""
-    names = ("log tau", "gate slope", "experts", "gate function", "voronoi")
-    errors = {name: np.full((len(sizes), len(seeds)), np.nan) for name in names}
-    for row, n in enumerate(sizes):
-        for column, seed in enumerate(seeds):
-            x, y = truth.sample(n, seed=seed)
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.randn(truth.vector().shape, generator=generator, dtype=torch.float64)
-            found = fit(x, y, truth.at(truth.vector() + jitter * noise))
-            if found.converged and _in_place(found.mixture, truth):
-                for name, error in zip(names, _errors(found.mixture, truth)):
-                    errors[name][row, column] = error
-            on_fit()
-    return RateStudy(tuple(sizes), errors)
-
-
-def _in_place(fitted: GaussianMoE, true: GaussianMoE) -> bool:
-    """Whether each expert is nearest to the true one of its number."""
-    nearest = torch.cdist(_atoms(fitted), _atoms(true)).argmin(dim=1)
-    return nearest.tolist() == list(range(len(nearest)))
-
-
-def _errors(fitted: GaussianMoE, true: GaussianMoE) -> list[float]:
-    grid, _ = true.sample(4000, seed=10_000)
-    gate = (fitted.gate(grid).exp() - true.gate(grid).exp()).abs().mean()
-    experts = (_atoms(fitted) - _atoms(true)).abs().mean()
-    distances = [(fitted.log_tau - true.log_tau).abs(), (fitted.slope - true.slope).abs().mean(), experts, gate]
-    return [*map(float, distances), voronoi_loss(fitted, true)]
+def voronoi_cells(fitted: GaussianMoE, true: GaussianMoE) -> Int[Tensor, " e"]:
+    """The true expert nearest to each fitted one, by (a, c, v)."""
+    return torch.cdist(fitted.atoms, true.atoms).argmin(dim=1)
 
 
 def check_activation(activation: Activation, *, order: int = 1) -> bool:
