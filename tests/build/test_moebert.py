@@ -210,6 +210,7 @@ def test_all_experts_together_are_the_dense_model(name: str, experts: int, every
     student = split_by_importance(dense, any_importance(dense), experts, router=everyone)
     assert sum(isinstance(m, InnerMoE) for m in student.modules()) == L
     torch.testing.assert_close(last(student), logits, rtol=1e-4, atol=1e-4)
+    assert not any(m.training for m in student.modules()), "as the dense model"
     assert same_state(dense, before)
     assert torch.equal(last(dense), logits)
     assert hooks_on(dense) == 0
@@ -361,6 +362,14 @@ def test_a_saved_student_comes_back_whole(make: Any, router: Any, tmp_path: Path
     assert torch.equal(last(loaded), last(student))
 
 
+def test_a_student_in_bfloat16_comes_back_whole(tmp_path: Path) -> None:
+    qwen3().save_pretrained(tmp_path / "dense")
+    dense = Qwen3ForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)  # its rotary buffer is fp32
+    student = split_by_importance(dense, any_importance(dense))
+    save_student(student, tmp_path / "student")
+    assert torch.equal(last(load_student(tmp_path / "student")), last(student))
+
+
 def test_only_load_student_reads_a_saved_student(tmp_path: Path) -> None:
     dense = bert()
     save_student(split_by_importance(dense.bfloat16(), any_importance(dense)), tmp_path)
@@ -406,6 +415,8 @@ def test_splits_that_cannot_be_are_refused() -> None:
     scores = any_importance(dense)
     for options, message in (
         ({"num_experts": 5}, "5 experts do not divide the 24 neurons of bert.encoder.layer.0.intermediate"),
+        ({"num_experts": 0}, "0 experts do not divide the 24 neurons"),
+        ({"expert_size": 0}, "expert_size=0"),
         ({"expert_size": 6, "shared": 7}, "shared=7 neurons do not fit an expert of 6"),
         ({"top_k": 5}, "top_k=5 of 4 experts"),
         ({"router": "tree"}, "router='tree' is not known; there are"),

@@ -7,7 +7,7 @@ is not what the model computes.
 
 The model's own layers pass on hidden states alone. What else routers look at (padding, token ids, progress of training)
 is read from the arguments of each forward of the base model, and there for its duration.
-Shapes: H hidden, I neurons, B rows, T positions.
+Shapes: H hidden, I neurons, W of them, B rows, T positions.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _check_computes(model: nn.Module, ffn: DenseFFN) -> None:
         )
 
 
-def select_neurons(mlp: nn.Module, neurons: Int[Tensor, " n"]) -> nn.Module:
+def select_neurons(mlp: nn.Module, neurons: Int[Tensor, " w"]) -> nn.Module:
     """A copy of the layer with these neurons alone, in this order; one named twice is there twice."""
     chosen = copy.deepcopy(mlp)
     for name, linear in chosen.named_children():

@@ -1,17 +1,17 @@
 """A trained dense model made a mixture of experts by the importance of its neurons, to be distilled from it.
 
     I_j      = sum over rows x of | w1_j . dL(x)/dw1_j  +  w2_j . dL(x)/dw2_j |  w1_j, w2_j: weights in and out of j
-    expert e = the S most important neurons, and every E-th of the rest from the e-th on, I_e neurons in all
+    expert e = the S most important neurons, and every E-th of the rest from the e-th on, W neurons in all
 
-so that every expert has a copy of the neurons that matter most, and its share of the next. With E I_e - (E - 1) S
-neurons used, the least important ones are left out. Which expert a token takes is up to the router: token ids hashed
-(the paper's), a softmax gate, or a tree.
+so that every expert has a copy of the neurons that matter most, and its share of the next. Together they have
+S + E (W - S) of the I neurons; the least important ones are left out. Which expert a token takes is up to the router:
+token ids hashed (the paper's), a softmax gate, or a tree.
 
 "MoEBERT: from BERT to Mixture-of-Experts via Importance-Guided Adaptation" (arXiv:2204.07675). With trees: "COMET:
 Learning Cardinality Constrained Mixture of Experts with Trees and Local Search" (arXiv:2306.02824). There each expert
 also has its own copy of the output bias, and of residual and norm after it; here these are shared, and gate weights
 apply to the feed-forward part alone.
-Shapes: E experts, I neurons, H hidden, B rows.
+Shapes: E experts, I neurons of the dense layer, W of an expert, H hidden, B rows.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _by_row(product: Any) -> Float[Tensor, " i"]:
 
 def deal_neurons(
     importance: Float[Tensor, " i"], num_experts: int, expert_size: int, shared: int = 0
-) -> Int[Tensor, "e n"]:
+) -> Int[Tensor, "e w"]:
     """Which neurons each expert has: the `shared` most important ones first, then its own, in order of importance.
 
     Raises ValueError where the layer has too few neurons, or the expert no place for those it shares.
@@ -148,21 +148,21 @@ def split_by_importance(
     _check_importance(ffns, importance)
     if getattr(dense.config, "chunk_size_feed_forward", 0):
         raise ValueError("chunk_size_feed_forward cuts a batch behind the routers' back: set it to 0")
-    if expert_size is None and (odd := [f for f in ffns if f.width % num_experts]):
+    if expert_size is None and (odd := [f for f in ffns if num_experts < 1 or f.width % num_experts]):
         raise ValueError(f"{num_experts} experts do not divide the {odd[0].width} neurons of {odd[0].name}")
-    dealt = [
-        deal_neurons(i, num_experts, expert_size or f.width // num_experts, shared) for f, i in zip(ffns, importance)
-    ]
+    sizes = [f.width // num_experts if expert_size is None else expert_size for f in ffns]
+    dealt = [deal_neurons(i, num_experts, size, shared) for i, size in zip(importance, sizes)]
     make_router, options = named(ROUTERS, router, "router")
     offered: dict[str, Any] = {"vocab_size": getattr(dense.config, "vocab_size", None), "normalize": True, "common": {}}
-    sizes = ffns[0].output.out_features, num_experts, top_k
-    routers = [make(make_router, *sizes, options=options, offered=offered) for _ in ffns]
+    routers = [
+        make(make_router, f.output.out_features, num_experts, top_k, options=options, offered=offered) for f in ffns
+    ]
     student = copy.deepcopy(dense)
     for layer, (ffn, neurons, gate) in enumerate(zip(ffns, dealt, routers)):
         union = split_ffn(select_neurons(ffn.mlp, neurons.reshape(-1)), num_experts)
         moe = InnerMoE(gate, union.experts, union.shared, losses=losses, layer=layer)
         ffn.replace(student, moe.to(ffn.output.weight))
-    hand_contexts(student)
+    hand_contexts(student.train(dense.training))
     student.split = {
         "num_experts": num_experts,
         "expert_size": expert_size,
@@ -195,8 +195,9 @@ def load_student(directory: str | Path) -> Any:
     if not (path / DESCRIPTION).is_file():
         raise FileNotFoundError(f"{path} has no {DESCRIPTION}: it was not written by `save_student`")
     made = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-    config = transformers.AutoConfig.from_pretrained(path)
-    dense = getattr(transformers, made["class"])(config).to(getattr(torch, made["dtype"]))
+    dense = getattr(transformers, made["class"])(transformers.AutoConfig.from_pretrained(path))
+    for parameter in dense.parameters():  # buffers keep their type, as they do where transformers loads a model
+        parameter.data = parameter.data.to(getattr(torch, made["dtype"]))
     student = split_by_importance(dense, None, **made["split"])
     load_model(student, str(path / WEIGHTS))
     return student.eval()
