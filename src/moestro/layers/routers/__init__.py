@@ -12,6 +12,7 @@ from moestro.layers.routers.base import Router
 from moestro.layers.routers.baselines import ExpertChoiceRouter, HashRouter, RandomRouter, RowRouter
 from moestro.layers.routers.comet import CometRouter
 from moestro.layers.routers.permutation import PermutationSearch, PermutedRouter
+from moestro.layers.routers.previous_logits import PreviousLogitsRouter
 from moestro.layers.routers.recurrent import BottleneckRouter, RecurrentRouter
 from moestro.layers.routers.sparsity_aware import SparsityAwareRouter
 from moestro.layers.routers.stochastic import StochasticRouter
@@ -58,6 +59,7 @@ ROUTERS: dict[str, Callable[..., Any]] = {
     "stochastic": StochasticRouter,
     "recurrent": RecurrentRouter,
     "bottleneck": BottleneckRouter,
+    "previous_logits": PreviousLogitsRouter,
     "sparsity_aware": SparsityAwareRouter,
 }
 
