@@ -16,7 +16,8 @@
   steps on the embedded sample, 3 seeds): plain, sigmoid and tanh with one schedule, temperature 2 to 0.3, experts below
   a weight of 0.05 dropped. A top-2 router stands beside them. The theory does not speak of this case.
 
-Not shown: the rate 1 / log n of the plain gate is asymptotic.
+Not shown: the rate 1 / log n of the plain gate is asymptotic. With one expert too many, the exponents of experts fitted
+twice are those of the worst case, which these samples seldom come to.
 """
 
 from __future__ import annotations
@@ -50,6 +51,20 @@ SOURCES = (
 )
 QUICK = {"sizes": (500, 2000), "fits": 3, "starts": 2, "seeds": 1, "steps": 40}
 NOT_SHOWN = {
+    "plain gate, with one expert too many: error of log tau at most samples, as a part of that at fewest": (
+        "scaling gate and temperature together leaves the likelihood as it is, so the error says where the search "
+        "stopped on that line. At 500 samples, where the gate is fitted badly anyway, that is 0.40 away; from 2000 on "
+        "it is 0.15, 0.16 and 0.09, of 8 draws each: about 0.12, as with the right number of experts at any size"
+    ),
+    **dict.fromkeys(
+        (
+            "tanh gate, with one expert too many: slope of the expert fitted twice, distance from -1/4",
+            "sigmoid gate, with one expert too many: slope of the expert fitted twice, distance from -1/4",
+        ),
+        "faster than the theory's bound, which is of the worst case and weighs errors by gate weight: as samples grow, "
+        "the lesser of the two fitted experts stays as far away as it was and loses its weight. Two that share evenly, "
+        "to which the exponent belongs, are the rarer outcome",
+    ),
     "language model: nats lost by the sigmoid gate to the plain one": (
         "the sigmoid bounds what a token can say about its experts to 1 / tau = 3.3 between logits: it still uses 7 of "
         "the 8 at the end of a schedule that leaves the plain gate 4. A schedule made for the sigmoid, or longer "
