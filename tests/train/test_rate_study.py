@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from moestro.train import rate_study as module
 from moestro.train.gaussian_moe import Fit, GaussianMoE, split
-from moestro.train.rate_study import ERRORS, SHARED_ERRORS, RateStudy, rate_study
+from moestro.train.rate_study import ERRORS, LESSER, SHARED_ERRORS, RateStudy, rate_study
 
 TWO: dict[str, Any] = dict(
     slope=[[1.5]], intercept=[0.3], tau=0.7, coefficient=[[1.0], [-1.0]], offset=[1.0, -0.5], sd=[0.5, 0.5]
@@ -36,11 +36,22 @@ def fits(monkeypatch: pytest.MonkeyPatch, *found: Fit) -> None:
     monkeypatch.setattr(module, "fit", lambda x, y, start: next(ends))
 
 
-def study_of(monkeypatch: pytest.MonkeyPatch, truth: GaussianMoE, *ends: GaussianMoE) -> RateStudy:
-    """One size, one seed, a start for each of the ends, the first of them the most likely."""
-    fits(monkeypatch, *(Fit(end, -float(rank), True) for rank, end in enumerate(ends)))
-    copies = [0] * (len(ends[0].offset) - len(truth.offset))
-    return rate_study(truth, sizes=[20], seeds=[0], copies=copies, starts=len(ends))
+def stay(monkeypatch: pytest.MonkeyPatch) -> list[GaussianMoE]:
+    """The study's fits end where they start; returns the starts as they come."""
+    starts: list[GaussianMoE] = []
+
+    def fit(x: torch.Tensor, y: torch.Tensor, start: GaussianMoE) -> Fit:
+        starts.append(start)
+        return Fit(start, 0.0, True)
+
+    monkeypatch.setattr(module, "fit", fit)
+    return starts
+
+
+def study_of(monkeypatch: pytest.MonkeyPatch, truth: GaussianMoE, end: GaussianMoE) -> RateStudy:
+    """One fit, which ends there."""
+    fits(monkeypatch, Fit(end, 0.0, True))
+    return rate_study(truth, sizes=[20], seeds=[0], copies=[0] * (len(end.offset) - len(truth.offset)))
 
 
 def error(study: RateStudy, name: str) -> float:
@@ -62,7 +73,7 @@ def test_with_more_experts_the_density_is_still_learned() -> None:
         mixture(), sizes=(200, 1600), seeds=range(3), copies=[1], starts=2, on_fit=lambda: ticks.append(True)
     )
     assert len(ticks) == 2 * 3 * 2
-    assert set(study.errors) == {*ERRORS, *SHARED_ERRORS}
+    assert set(study.errors) == {*ERRORS, *SHARED_ERRORS, *LESSER}
     assert study.unconverged.shape == (2, 3)
     assert study.median("density")[1] < study.median("density")[0] < 0.2
     assert np.isfinite(study.median("shared experts")).all()
@@ -72,13 +83,7 @@ def test_with_more_experts_the_density_is_still_learned() -> None:
 def test_starts_without_jitter_are_the_truth_with_experts_split(
     copies: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    truth, starts = mixture(), []
-
-    def stay(x: torch.Tensor, y: torch.Tensor, start: GaussianMoE) -> Fit:
-        starts.append(start)
-        return Fit(start, 0.0, True)
-
-    monkeypatch.setattr(module, "fit", stay)
+    truth, starts = mixture(), stay(monkeypatch)
     study = rate_study(truth, sizes=[20], seeds=[0], jitter=0.0, copies=copies, starts=2)
     assert len(starts) == 2
     assert all(torch.equal(start.vector(), split(truth, copies).vector()) for start in starts)
@@ -87,21 +92,16 @@ def test_starts_without_jitter_are_the_truth_with_experts_split(
 
 
 def test_every_start_has_its_own_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
-    truth, starts = mixture(), []
-
-    def stay(x: torch.Tensor, y: torch.Tensor, start: GaussianMoE) -> Fit:
-        starts.append(start.vector() - split(truth, [1]).vector())
-        return Fit(start, 0.0, True)
-
-    monkeypatch.setattr(module, "fit", stay)
+    truth, starts = mixture(), stay(monkeypatch)
     rate_study(truth, sizes=[20], seeds=range(20), jitter=0.4, copies=[1], starts=2)
-    assert torch.stack(starts).std(dim=0).mean() == pytest.approx(0.4, rel=0.1)
-    assert len({tuple(start.tolist()) for start in starts}) == 40
+    jitter = torch.stack([start.vector() for start in starts]) - split(truth, [1]).vector()
+    assert jitter.std(dim=0).mean() == pytest.approx(0.4, rel=0.1)
+    assert len(jitter.unique(dim=0)) == 40
 
 
 def test_the_most_likely_of_the_starts_that_converge_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_tau: Callable[[float], GaussianMoE] = lambda tau: split(mixture(tau=tau), [1])  # noqa: E731
-    fits(monkeypatch, Fit(at_tau(2.0), -1.0, True), Fit(at_tau(1.0), -0.5, True), Fit(at_tau(3.0), 9.0, False))
+    ends = [split(mixture(tau=tau), [1]) for tau in (2.0, 1.0, 3.0)]
+    fits(monkeypatch, Fit(ends[0], -1.0, True), Fit(ends[1], -0.5, True), Fit(ends[2], 9.0, False))
     study = rate_study(mixture(), sizes=[20], seeds=[0], copies=[1], starts=3)
     assert error(study, "log tau") == pytest.approx(np.log(1 / 0.7))
     assert study.unconverged.tolist() == [[1]]
@@ -139,6 +139,8 @@ def test_errors_of_an_expert_fitted_twice_are_weighted_by_its_gate_mass(monkeypa
     assert error(study, "shared offset") == pytest.approx(offset)
     assert error(study, "shared variance") == pytest.approx(variance)
     assert error(study, "shared experts") == pytest.approx((coefficient + offset + variance) / 3)
+    assert error(study, "lesser weight") == pytest.approx(min(a, 1 - a))
+    assert error(study, "lesser experts") == pytest.approx((0.2 + 0.6**2 - 0.5**2) / 3)  # the last
     assert error(study, "gate function") == pytest.approx(float((mass[0] - 0.5).abs().mean()))
 
 
