@@ -355,8 +355,7 @@ def test_a_saved_student_comes_back_whole(make: Any, router: Any, tmp_path: Path
         if isinstance(module, CometRouter):
             module.harden()
     after_step(student, 0.5)
-    save_student(student, tmp_path)
-    loaded = load_student(tmp_path)
+    loaded = load_student(save_student(student, tmp_path / "student"))
     assert type(loaded) is type(dense)
     assert same_state(loaded, state_of(student))
     assert torch.equal(last(loaded), last(student))
@@ -372,7 +371,10 @@ def test_a_student_in_bfloat16_comes_back_whole(tmp_path: Path) -> None:
 
 def test_only_load_student_reads_a_saved_student(tmp_path: Path) -> None:
     dense = bert()
-    save_student(split_by_importance(dense.bfloat16(), any_importance(dense)), tmp_path)
+    student = split_by_importance(dense.bfloat16(), any_importance(dense))
+    with pytest.raises(FileExistsError, match="overwrite"):
+        save_student(student, tmp_path)
+    save_student(student, tmp_path, overwrite=True)
     assert load_student(tmp_path).dtype == torch.bfloat16
     with pytest.raises(OSError, match="no file named"):
         BertForSequenceClassification.from_pretrained(tmp_path)

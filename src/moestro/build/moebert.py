@@ -31,6 +31,7 @@ from moestro.build.equivalent_split import split_ffn
 from moestro.build.in_place import DenseFFN, InnerMoE, find_ffns, hand_contexts, select_neurons
 from moestro.layers.kinds import Kind, make, named
 from moestro.layers.routers import ROUTERS
+from moestro.view.checkpoint import complete_directory
 
 WEIGHTS, DESCRIPTION = "student.safetensors", "student.json"
 """Names that transformers does not look for: it would build the dense class, and draw its neurons anew."""
@@ -174,17 +175,20 @@ def split_by_importance(
     return student
 
 
-def save_student(student: Any, directory: str | Path) -> None:
-    """Write a split model: the dense model's config, its class and how it was split, the weights.
+def save_student(student: Any, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a split model to directory `path`, whole or not at all: config, class, how it was split, weights.
 
     `load_student` reads it. transformers' `from_pretrained` refuses it: no class of its own has these experts.
+
+    Raises FileExistsError where the directory is there and `overwrite` is off, OSError where the disk cannot hold it.
     """
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    student.config.save_pretrained(path)
     made = {"class": type(student).__name__, "dtype": str(student.dtype).removeprefix("torch."), "split": student.split}
-    (path / DESCRIPTION).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    save_model(student, str(path / WEIGHTS))
+    size = sum(t.nbytes for t in student.state_dict().values())
+    with complete_directory(path, overwrite=overwrite, size=size, known_by=DESCRIPTION, kind="a student") as half:
+        student.config.save_pretrained(half)
+        (half / DESCRIPTION).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        save_model(student, str(half / WEIGHTS))
+    return Path(path)
 
 
 def load_student(directory: str | Path) -> Any:
