@@ -155,7 +155,7 @@ def address() -> Iterator[str]:
 
 def test_the_page_generates_switches_and_saves_in_a_browser(view, browser, address: str, tmp_path: Path) -> None:
     page = browser.new_page(viewport={"width": 1300, "height": 1200})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(120_000)  # a busy machine draws the page slowly
     complaints: list[str] = []
     asked: set[str] = set()
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
