@@ -42,6 +42,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "comet": dict(router="comet"),
     "permuted comet": dict(router={"kind": "permuted", "router": "comet", "steps": 1}),
     "recurrent": dict(router={"kind": "recurrent", "state_size": 64}),
+    "previous_logits": dict(router="previous_logits"),
     "temperature": dict(router={"kind": "temperature", "activation": "sigmoid"}),
     "similarity_aware": dict(router="similarity_aware"),
     "attention_aware, eager": dict(router="attention_aware", attn_implementation="eager"),
