@@ -263,6 +263,12 @@ def test_the_command_trains_shows_and_writes(tmp_path: Path) -> None:
     assert "top_k" in again
 
 
+def test_anything_that_can_be_called_may_measure() -> None:
+    MEASURES["top_k"] = partial(lambda number, model, task: {"number": number}, 3.0)
+    table = run.play(Path("part.parquet"), settings=TINY, entries=["top_k"], tasks=["chains"], seeds=1)
+    assert json.loads(table["extra"][0]) == {"number": 3.0}
+
+
 def test_an_entry_from_a_file_joins_the_rows_that_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     run.play(run.recorded(True), settings=TINY, entries=["dense"], seeds=1)
     monkeypatch.delitem(sys.modules, "mine_too", raising=False)

@@ -217,7 +217,7 @@ def code_of(model: nn.Module, entry: str) -> str:
     """Fingerprint of what the entry's row depends on: CODE, the files of the model's own parts, its MEASURES."""
     kinds = {type(module) for module in model.modules()} | {type(r) for r in measure.routers_of(model)}
     own = [kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "transformers")]
-    parts: list[Any] = [*own, *filter(None, [MEASURES.get(entry)])]
+    parts: list[Any] = [*own, *filter(inspect.isfunction, [MEASURES.get(entry)])]
     files = {PACKAGE / name for name in CODE} | {Path(f) for part in parts if (f := inspect.getsourcefile(part))}
     text = " ".join([entry, *sorted(fingerprint(file) for file in files)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
