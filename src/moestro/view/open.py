@@ -20,6 +20,7 @@ from moestro.view.heads import AnyObserver, HeadEdit, HeadLayer
 from moestro.view.layers import MoELayer, decoder_of, find_layers, load, stack_of
 from moestro.view.lm_logits import logits_observers
 from moestro.view.observe import as_batch, observe
+from moestro.view.state import state_of
 from moestro.view.taps import Taps
 
 
@@ -35,6 +36,8 @@ class HeadView:
         self.layers: list[MoELayer] = []
         self.stack: Any = stack if stack is not None else decoder_of(model)
         """The sub-model that runs from token ids to hidden states."""
+        self.state = state_of(self.stack)
+        """What all views of this model share."""
         self._taps = Taps([], self.stack)
 
     def __repr__(self) -> str:

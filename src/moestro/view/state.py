@@ -1,0 +1,48 @@
+"""What is true of a model that is open, kept once, with the model.
+
+The stack (the part that turns token ids into hidden states) carries one `ModelState`. Every view of the model, in any
+thread, reads and changes that one; a copy of the model, or one that was pickled, starts with no edit and no observer in
+force, and keeps where it came from and what has been done to it.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+_ATTRIBUTE = "_moestro_state"
+
+
+class ModelState:
+    """What all views of one model share."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        """Held while anything of this, or the weights, is changed."""
+        self.source: Path | None = None
+        """The checkpoint directory that the model was loaded from; None where it came from memory or the hub."""
+        self.lineage: list[dict[str, Any]] = []
+        """The recipes, as plain data, that had made the checkpoint before it was loaded: oldest first."""
+        self.recipe: list[Any] = []
+        """The operations done to the model since it was loaded, in order."""
+        self.original_ids: dict[str, list[int]] = {}
+        """{name of the MoE block: for each present expert, its number in the first model of the lineage}"""
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("source", "lineage", "recipe", "original_ids")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        vars(self).update(kept)
+
+
+def state_of(stack: nn.Module) -> ModelState:
+    """The state that lives with `stack`; made when first asked for."""
+    found = stack.__dict__.get(_ATTRIBUTE)
+    if found is None:
+        found = stack.__dict__.setdefault(_ATTRIBUTE, ModelState())
+    return found
