@@ -323,7 +323,7 @@ def test_two_observations_at_once_are_refused(qwen: moestro.ExpertView) -> None:
         with pytest.raises(RuntimeError, match="already running"):
             qwen.observe([padded(DOCS)], [SlotStats()])
         other = moestro.open(qwen.model)
-        with pytest.raises(RuntimeError, match="another view"):
+        with pytest.raises(RuntimeError, match="already running"):
             other.observe([padded(DOCS)], [SlotStats()])
         logits_of(qwen.model, padded(DOCS))
     assert tiny.hooks_on(qwen.model) == 0

@@ -7,6 +7,7 @@ said beside controls: sets of the same size, drawn layer by layer in the same nu
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,10 +48,10 @@ def above(scores: Scores, threshold: float, *, layers: Collection[int] | None = 
     )
 
 
-def by_layer(chosen: Iterable[Member]) -> dict[int, list[int]]:
+def by_layer(chosen: Iterable[Any]) -> dict[Any, list[int]]:
     """{layer: [numbers]}, in order: how a set is written to JSON."""
-    grouped: dict[int, list[int]] = {}
-    for layer, number in sorted(set(chosen)):
+    grouped: dict[Any, list[int]] = {}
+    for layer, number in sorted(set(chosen), key=lambda member: (isinstance(member[0], str), *member)):  # or by name
         grouped.setdefault(layer, []).append(number)
     return grouped
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,10 +24,10 @@ from torch import Tensor
 from moestro.routing import Routing
 from moestro.sets import by_layer
 from moestro.view.events import Batch
-from moestro.view.layers import MoELayer
+from moestro.view.layers import LayerKey, MoELayer
 
-ExpertId = tuple[int, int]
-"""(decoder layer number, expert number in that layer)"""
+ExpertId = tuple[int, int] | tuple[str, int]
+"""(decoder layer number or name of the MoE block, expert number in that layer)"""
 
 
 @dataclass(eq=False)
@@ -36,7 +37,8 @@ class RowChoice:
     rows: Sequence[int] | Sequence[bool] | Tensor | None = field(default=None, kw_only=True)
     """Rows of the batch that are edited: their numbers, or one bool per row. None: all.
 
-    One bool per row tells how many rows there are, so under beam search each stands for all the beams of its row."""
+    Rows are those that the caller hands in: while `generate` runs several beams or returns several sequences, each row
+    stands for all of them."""
 
     def row_numbers(self) -> set[int] | None:
         """The edited rows; None: all. Raises ValueError where they are no row numbers."""
@@ -48,44 +50,48 @@ class RowChoice:
             raise ValueError(f"{type(self).__name__}: there is no row {wrong[0]}; rows are counted from 0")
         return numbers
 
-    def row_mask(self, count: int) -> Bool[Tensor, " b"]:
-        """Which of the batch's `count` rows are edited. Raises ValueError where the batch does not have them all."""
+    def row_mask(self, count: int, copies: int = 1) -> Bool[Tensor, " b"]:
+        """Which of the batch's `count` rows are edited; `copies` of them in turn stand for one row of the caller's.
+
+        Raises ValueError where the batch does not have them all.
+        """
         rows = torch.as_tensor(self.rows)
         if rows.dtype == torch.bool:
             if not len(rows) or count % len(rows):
                 raise ValueError(f"{type(self).__name__}: rows tells of {len(rows)} rows, and the batch has {count}")
             return rows.cpu().repeat_interleave(count // len(rows))
-        if len(rows) and int(rows.max()) >= count:
-            raise ValueError(f"{type(self).__name__}(rows={rows.tolist()}): the batch has {count} rows")
-        return torch.zeros(count, dtype=torch.bool).index_fill(0, rows.cpu().long(), True)
+        if len(rows) and int(rows.max()) >= count // copies:
+            raise ValueError(f"{type(self).__name__}(rows={rows.tolist()}): the batch has {count // copies} rows")
+        mask = torch.zeros(count // copies, dtype=torch.bool).index_fill(0, rows.cpu().long(), True)
+        return mask.repeat_interleave(copies)
 
 
 @dataclass(eq=False)
 class Edit(RowChoice):
     """Base of all edits of experts: acts on `layers()`, does nothing anywhere."""
 
-    def layers(self) -> Collection[int] | None:
-        """Decoder layer numbers it acts on; None: all MoE layers."""
+    def layers(self) -> Collection[LayerKey] | None:
+        """The layers it acts on, by number (or name, see MoELayer); None: all MoE layers."""
         return None
 
     def check(self, layer: MoELayer) -> None:
         """Raise ValueError where the layer cannot be edited like this. Called before anything runs."""
 
     def logits(
-        self, layer: int, logits: Float[Tensor, "n e"], prefer: Float[Tensor, "n e"]
+        self, layer: Any, logits: Float[Tensor, "n e"], prefer: Float[Tensor, "n e"]
     ) -> tuple[Float[Tensor, "n e"], Float[Tensor, "n e"]]:
         """New logits, and what is added to the scores that top-k looks at (see RoutingRule)."""
         return logits, prefer
 
-    def routing(self, layer: int, routing: Routing) -> Routing:
+    def routing(self, layer: Any, routing: Routing) -> Routing:
         return routing
 
-    def routing_at(self, layer: int, routing: Routing, batch: Batch) -> Routing:
+    def routing_at(self, layer: Any, routing: Routing, batch: Batch) -> Routing:
         """Like `routing`, for edits that must know which row and position each of the B * T places holds."""
         return routing
 
     def output(
-        self, layer: int, hidden: Float[Tensor, "n h"], routing: Routing, output: Float[Tensor, "n h"]
+        self, layer: Any, hidden: Float[Tensor, "n h"], routing: Routing, output: Float[Tensor, "n h"]
     ) -> Float[Tensor, "n h"]:
         return output
 
@@ -125,13 +131,13 @@ class OnExperts(Edit):
         self.ids = by_layer(self.experts)
         self._columns = {layer: torch.tensor(ids) for layer, ids in self.ids.items()}
 
-    def layers(self) -> Collection[int]:
+    def layers(self) -> Collection[LayerKey]:
         return self.ids
 
     def check(self, layer: MoELayer) -> None:
         _check_ids(layer, self.ids[layer.index])
 
-    def columns(self, layer: int, logits: Tensor) -> Tensor:
+    def columns(self, layer: Any, logits: Tensor) -> Tensor:
         """The layer's experts on the device of the logits, where they stay for the tokens to come."""
         if self._columns[layer].device != logits.device:
             self._columns[layer] = self._columns[layer].to(logits.device)
@@ -162,7 +168,7 @@ class SwitchOff(OnExperts):
                     f"its router takes top_k={layer.top_k} from the best {rule.top_groups}; leave more on in each group"
                 )
 
-    def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, layer: Any, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
         return logits.index_fill(1, self.columns(layer, logits), float("-inf")), prefer
 
 
@@ -187,7 +193,7 @@ class ForceOn(OnExperts):
                     f"{rule.top_groups} a token; force experts of at most {rule.top_groups} groups"
                 )
 
-    def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, layer: Any, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
         columns = self.columns(layer, logits)
         top = logits.amax(dim=1, keepdim=True).expand(-1, len(columns))
         return logits.index_copy(1, columns, top), prefer.index_fill(1, columns, float("inf"))
@@ -197,10 +203,10 @@ class ForceOn(OnExperts):
 class LogitBias(Edit):
     """Add a vector to the router logits of each layer. Gradients reach it."""
 
-    bias: Mapping[int, Float[Tensor, " e"]]
+    bias: Mapping[Any, Float[Tensor, " e"]]
     """{layer: one number per expert}"""
 
-    def layers(self) -> Collection[int]:
+    def layers(self) -> Collection[LayerKey]:
         return self.bias.keys()
 
     def check(self, layer: MoELayer) -> None:
@@ -208,7 +214,7 @@ class LogitBias(Edit):
         if shape != (layer.num_experts,):
             raise ValueError(f"bias of shape {shape} for the {layer.num_experts} experts of layer {layer.index}")
 
-    def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, layer: Any, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
         bias = self.bias[layer].to(logits)
         spare = logits.shape[1] - len(bias)  # classes that stand for "no expert"
         return logits + (torch.cat([bias, bias.new_zeros(spare)]) if spare else bias), prefer
@@ -218,14 +224,14 @@ class LogitBias(Edit):
 class Reselect(Edit):
     """Route by any function of the logits: `fn(layer, logits [N, E]) -> logits [N, E]`, then the family's own rule."""
 
-    fn: Callable[[int, Tensor], Tensor]
-    only: Collection[int] | None = None
+    fn: Callable[[Any, Tensor], Tensor]
+    only: Collection[LayerKey] | None = None
     """Layers to act on; None: all."""
 
-    def layers(self) -> Collection[int] | None:
+    def layers(self) -> Collection[LayerKey] | None:
         return self.only
 
-    def logits(self, layer: int, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, layer: Any, logits: Tensor, prefer: Tensor) -> tuple[Tensor, Tensor]:
         new = self.fn(layer, logits)
         if new.shape != logits.shape:
             raise ValueError(
@@ -238,15 +244,15 @@ class Reselect(Edit):
 class Gain(Edit):
     """Multiply the gate weights of experts: 0 removes a contribution and refills nothing, unlike SwitchOff."""
 
-    gains: Mapping[ExpertId, float]
+    gains: Mapping[Any, float]
     renormalize: bool = field(default=False, kw_only=True)
     """Afterwards scale a token's weights to their former sum (not where nothing is left)."""
 
     def __post_init__(self) -> None:
         self.ids = by_layer(self.gains)
-        self._tables: dict[int, Tensor] = {}
+        self._tables: dict[Any, Tensor] = {}
 
-    def layers(self) -> Collection[int]:
+    def layers(self) -> Collection[LayerKey]:
         return self.ids
 
     def check(self, layer: MoELayer) -> None:
@@ -256,7 +262,7 @@ class Gain(Edit):
             table[expert] = self.gains[layer.index, expert]
         self._tables[layer.index] = table
 
-    def routing(self, layer: int, routing: Routing) -> Routing:
+    def routing(self, layer: Any, routing: Routing) -> Routing:
         weights = routing.weights * self._table(layer, routing.weights)[routing.indices]
         if self.renormalize:
             total = weights.sum(dim=-1, keepdim=True)
@@ -264,7 +270,7 @@ class Gain(Edit):
             weights = weights * kept
         return routing._replace(weights=weights)
 
-    def _table(self, layer: int, weights: Tensor) -> Tensor:
+    def _table(self, layer: Any, weights: Tensor) -> Tensor:
         """Gain of every expert, and of the index after the last that unused slots may have."""
         table = self._tables[layer]
         if (table.device, table.dtype) != (weights.device, weights.dtype):
@@ -276,14 +282,14 @@ class Gain(Edit):
 class Replace(Edit):
     """Put functions in the place of layers' routed experts: `fn(hidden [N, H], indices, weights) -> [N, H]`."""
 
-    functions: Mapping[int, Callable[[Tensor, Tensor, Tensor], Tensor]]
+    functions: Mapping[Any, Callable[[Tensor, Tensor, Tensor], Tensor]]
 
     uses_output = False
 
-    def layers(self) -> Collection[int]:
+    def layers(self) -> Collection[LayerKey]:
         return self.functions.keys()
 
-    def output(self, layer: int, hidden: Tensor, routing: Routing, output: Tensor) -> Tensor:
+    def output(self, layer: Any, hidden: Tensor, routing: Routing, output: Tensor) -> Tensor:
         new = self.functions[layer](hidden, routing.indices, routing.weights)
         if new.shape != output.shape:
             raise ValueError(

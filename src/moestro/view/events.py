@@ -61,6 +61,8 @@ class Batch:
     """Columns that precede the T in a cache, padding included."""
     real: Bool[Tensor, "b s"] | None = None
     """Which of the `before` + T columns hold a token; None where all do."""
+    copies: int = 1
+    """How many rows in turn stand for one row of the caller's batch: beams, or sequences to return."""
 
     def on_grid(self, values: Shaped[Tensor, " n"], padding: float) -> Shaped[Tensor, "b t"]:
         """The tokens' values at their places, and `padding` where no token is."""
@@ -103,21 +105,31 @@ class Batch:
         return cls(shape, Tokens(sample, position, ids, domain, domains), kept, before, real)
 
     @classmethod
-    def of_forward(cls, kwargs: Mapping[str, Any], before: int) -> Batch | None:
-        """From the arguments of a decoder's forward and the number of cached tokens; None where they do not tell."""
+    def of_forward(
+        cls, kwargs: Mapping[str, Any], before: int, known: Bool[Tensor, "b before"] | None = None
+    ) -> Batch | None:
+        """From the arguments of a decoder's forward and the number of cached tokens; None where they do not tell.
+
+        `known`: which of the cached columns hold a token, where an earlier pass has told.
+        """
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given = ids if ids is not None else embeds
         if given is None or given.dim() < 2:
             return None
+        shape = (given.shape[0], given.shape[1])
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Mapping):  # one for each kind of attention
-            mask = mask.get("full_attention", next(iter(mask.values())))
-        if isinstance(mask, Tensor) and mask.dim() == 4:
-            mask = _real_tokens(mask, before, given.shape[1])
-        elif mask is not None and not isinstance(mask, Tensor):
+        if isinstance(mask, Mapping):  # one for each kind of attention; a sliding one forgets
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if mask is not None and not isinstance(mask, Tensor):
             return None
-        start = before if mask is None else 0
-        return cls.of((given.shape[0], given.shape[1]), ids=ids, mask=mask, start=start, before=before)
+        if mask is not None and mask.dim() == 4:
+            mask = _real_tokens(mask, before, shape, known)
+        positions = kwargs.get("position_ids")
+        if mask is None and before and isinstance(positions, Tensor) and positions.shape == shape:
+            start: Any = positions[:, 0]  # the caller has counted: a cache whose padding no mask tells
+        else:
+            start = before if mask is None else 0
+        return cls.of(shape, ids=ids, mask=mask, start=start, before=before)
 
 
 def cached_tokens(cache: Any) -> int:
@@ -125,20 +137,37 @@ def cached_tokens(cache: Any) -> int:
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
-def _real_tokens(mask: Shaped[Tensor, "b h t s"], before: int, length: int) -> Bool[Tensor, "b n"]:
-    """Which of the tokens so far are no padding, from the mask [B, 1, T, S] that attention itself is given.
+def _real_tokens(
+    mask: Shaped[Tensor, "b h t s"], before: int, shape: tuple[int, int], known: Tensor | None
+) -> Bool[Tensor, "b n"] | None:
+    """Which of the tokens so far are no padding, from the mask [B or 1, 1, T, S] that attention itself is given.
 
-    A new token is real where it may attend to itself, an earlier one where a new token may attend to it.
+    A new token is real where it may attend to itself, an earlier one where a new token may attend to it. The mask of a
+    sliding window shows the last columns alone: then what is `known` of the others counts, and None is returned where
+    nothing is.
     """
-    allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
-    own = allowed.diagonal(before, dim1=1, dim2=2)[:, :length]
-    return torch.cat([allowed[:, :, :before].any(dim=1), own], dim=1)
+    rows, length = shape
+    allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].expand(rows, -1, -1)
+    columns = allowed.shape[2]
+    whole = before + length <= columns
+    # where keys slide out of the window, the newest ones stand in the last columns
+    first = before if whole else columns - length
+    at = torch.arange(length, device=mask.device)
+    new = allowed[:, at, (at + first).clamp(min=0)] if columns else torch.ones_like(allowed[:, :, 0])
+    if known is not None and known.shape == (rows, before):
+        earlier = known.to(new.device)
+    elif whole:
+        earlier = allowed[:, :, :before].any(dim=1)
+    else:
+        return None
+    return torch.cat([earlier, new], dim=1)
 
 
 class MoEEvent:
     """One MoE layer's part in one forward pass, or in a chunk of its tokens.
 
-    Attributes of N tokens are computed when first read, so an observer pays only for what it uses:
+    `layer` is the layer's number; in a view of several stacks that number alike, the name of its block, which `name`
+    always is. Attributes of N tokens are computed when first read, so an observer pays only for what it uses:
     `hidden` [N, H] (input of the experts), `routing` (the triple that was in force, edits included), `combined`
     [N, H] (the routed experts' weighted sum; before any Replace where an observer asks for norms, maxima or outputs),
     and where asked for in `needs`: `norms` [N, K] (L2 norm of each slot's output before its gate weight), `maxima`
@@ -148,11 +177,12 @@ class MoEEvent:
 
     def __init__(
         self,
-        layer: int,
+        layer: Any,
         num_experts: int,
         tokens: Tokens,
         kept: Tensor | None,
         *,
+        name: str = "",
         hidden: Tensor,
         routing: Routing,
         combined: Tensor,
@@ -162,11 +192,35 @@ class MoEEvent:
         outputs: Tensor | None = None,
         residual: Tensor | None = None,
     ):
-        self.layer, self.num_experts, self.tokens = layer, num_experts, tokens
+        self.layer, self.num_experts, self.tokens, self.name = layer, num_experts, tokens, name or f"layer {layer}"
         self._kept = kept
         self._raw = dict(hidden=hidden, combined=combined, outputs=outputs, residual=residual)
         self._raw |= dict(norms=norms, maxima=maxima, channels=channels)
         self._routing = routing
+
+    def check(self) -> None:
+        """Raise FloatingPointError or ValueError where the model broke: it names layer, expert, sample and position."""
+        experts, bad = self.num_experts, torch.isnan(self.routing.logits).any(dim=-1)
+        if bad.any():
+            raise FloatingPointError(f"NaN router logits {self._at(bad)}: the model or that sample is broken")
+        check_indices(f"the router of {self.name}", self.routing.indices, experts)
+        if self._raw["norms"] is None:
+            return
+        used = (self.routing.weights != 0) & (self.routing.indices < experts)
+        broken = used & ~torch.isfinite(self.norms)
+        if broken.any():
+            slot = broken.flatten().nonzero()[0]
+            expert = int(self.routing.indices.flatten()[slot])
+            raise FloatingPointError(
+                f"expert {expert} gave {float(self.norms.flatten()[slot])} as the norm of its output "
+                f"{self._at(broken.any(dim=-1))}: its weights are broken, or its type ({self.hidden.dtype}) "
+                "overflows; nothing was changed"
+            )
+
+    def _at(self, bad: Bool[Tensor, " n"]) -> str:
+        where = int(bad.nonzero()[0])
+        sample, position = int(self.tokens.sample[where]), int(self.tokens.position[where])
+        return f"in layer {self.layer} ({self.name}) at sample {sample}, position {position}"
 
     def _rows(self, name: str) -> Tensor:
         value = self._raw[name]
@@ -208,6 +262,16 @@ class MoEEvent:
         if self._kept is None:
             return self._routing
         return Routing(*(t[self._kept.to(t.device)] for t in self._routing))
+
+
+def check_indices(where: str, indices: Int[Tensor, "n k"], num_experts: int) -> None:
+    """Raise ValueError where a slot names an expert that is not there. Index E, and no other, marks an unused slot."""
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) <= num_experts:
+        wrong = indices[(indices < 0) | (indices > num_experts)]
+        raise ValueError(
+            f"{where} gives a slot expert {int(wrong[0])}; there are experts 0 to {num_experts - 1}, and {num_experts} "
+            "marks a slot as unused"
+        )
 
 
 @runtime_checkable

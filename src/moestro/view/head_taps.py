@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moestro.view.events import Batch
 from moestro.view.heads import HeadCall, HeadEdit, HeadEvent, HeadLayer, HeadObserver
+from moestro.view.recompute import in_backward
+from moestro.view.rules import silence
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -75,30 +78,26 @@ def _watching(runs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 
 class HeadTaps:
-    """Edits and observers of the attention heads of `stack`."""
+    """The attention heads of `stack`, reached while an edit or an observer of heads is active.
 
-    def __init__(self, stack: nn.Module, batch: Callable[[], Batch | None]):
-        self.stack, self._batch = stack, batch
-        self._edits: list[HeadEdit] = []
-        self._observers: list[HeadObserver] = []
-        self._needs: frozenset[str] = frozenset()
-        self._depth = 0
+    `batch`: of the pass under way. `here`: what is in force for the code that this thread runs (see `situation`).
+    """
+
+    def __init__(self, stack: nn.Module, batch: Callable[[], Batch | None], here: Callable[[], Any]):
+        self.stack, self._batch, self._here = stack, batch, here
+        self._lock = threading.RLock()
+        self._users = 0
         self._stop: ExitStack | None = None
 
     @cached_property
     def layers(self) -> list[HeadLayer]:
         """The attention layers, found and verified by a tiny forward pass. Raises ValueError where there are none."""
-        return find_head_layers(self.stack)
+        with silence():
+            return find_head_layers(self.stack)
 
-    @property
-    def observed(self) -> bool:
-        """Whether an observation is under way."""
-        return bool(self._observers)
-
-    @contextmanager
-    def editing(self, edits: Sequence[HeadEdit]) -> Iterator[None]:
-        """Run the edits until the block ends, after all those already active."""
-        by_index = {layer.index: layer for layer in self.layers}
+    def check(self, edits: Sequence[HeadEdit]) -> None:
+        """Raise ValueError where an edit names heads that are not there, or that it cannot act on."""
+        by_index = {layer.index: layer for layer in self.layers} if edits else {}
         for edit in edits:
             chosen = edit.layers()
             if unknown := sorted(set(chosen or ()) - by_index.keys()):
@@ -111,42 +110,28 @@ class HeadTaps:
                 edit.check(by_index[index])
                 if edit.pattern_heads(index) and by_index[index].no_pattern:
                     raise ValueError(f"{type(edit).__name__}: {by_index[index].no_pattern}")
-        before = list(self._edits)
-        self._edits = before + list(edits)
-        try:
-            with self._installed():
-                yield
-        finally:
-            self._edits = before
 
-    @contextmanager
-    def observing(self, observers: Sequence[HeadObserver]) -> Iterator[None]:
-        """Hand events of every forward pass to the observers until the block ends."""
+    def check_observers(self, observers: Sequence[HeadObserver]) -> None:
+        """Raise ValueError where one needs patterns that a layer does not give."""
         needs = frozenset().union(*(o.needs for o in observers))
         if needs & {"patterns", "last_patterns"} and (without := [layer for layer in self.layers if layer.no_pattern]):
             raise ValueError(without[0].no_pattern)
-        try:
-            with self._installed():
-                self._observers, self._needs = list(observers), needs
-                yield
-        finally:
-            self._observers, self._needs = [], frozenset()
 
     @contextmanager
-    def _installed(self) -> Iterator[None]:
-        if self._depth == 0:
-            runs = {layer.module: partial(self._run, layer) for layer in self.layers}
-            if busy := [layer for layer in self.layers if layer.module in _watched]:
-                raise RuntimeError(f"another view of this model uses the heads of {busy[0].name}; end that first")
-            self._stop = ExitStack()
-            self._stop.enter_context(_watching(runs))
-        self._depth += 1
+    def installed(self) -> Iterator[None]:
+        """Let the attention of these layers run through `_run` until the block ends. Such blocks may overlap."""
+        with self._lock:
+            if not self._users:
+                self._stop = ExitStack()
+                self._stop.enter_context(_watching({layer.module: partial(self._run, layer) for layer in self.layers}))
+            self._users += 1
         try:
             yield
         finally:
-            self._depth -= 1
-            if self._depth == 0 and self._stop is not None:
-                self._stop.close()
+            with self._lock:
+                self._users -= 1
+                if not self._users and self._stop is not None:
+                    self._stop.close()
 
     def _run(
         self,
@@ -160,9 +145,12 @@ class HeadTaps:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        mask = attention_mask  # families give it by place or by name
+        mask, here = attention_mask, self._here()  # families give the mask by place or by name
         call = HeadCall(layer, (query.shape[0], query.shape[2]), key.shape[2], self._batch())
-        edits = [e for e in self._edits if (chosen := e.layers()) is None or layer.index in chosen]
+        edits = [e for e in here.head_edits if (chosen := e.layers()) is None or layer.index in chosen]
+        seen = None if here.observation is None or in_backward() else here.observation
+        observers = () if seen is None else seen.of_heads
+        needs: frozenset[str] = seen.needs if seen is not None and observers else frozenset()
         for edit in edits:
             new = edit.inputs(call, query, key, value)
             rows = _rows(edit, call, query)
@@ -170,7 +158,7 @@ class HeadTaps:
         z, weights = attention(module, query, key, value, mask, *args, **kwargs)
         patterned = [e for e in edits if e.pattern_heads(layer.index)]
         pattern = None
-        if patterned or "patterns" in self._needs:
+        if patterned or "patterns" in needs:
             allowed = _allowed(call, module, query, mask, kwargs)
             pattern = _pattern(module, query, key, value, mask, allowed, args, kwargs)
         for edit in patterned:
@@ -187,21 +175,25 @@ class HeadTaps:
             pattern = pattern.index_copy(1, heads, new_rows)
         for edit in edits:
             z = _where(_rows(edit, call, z), edit.z(call, z), z)
-        if self._observers:
+        if observers:
             query, key, value = query.detach(), key.detach(), value.detach()
             pattern = None if pattern is None else pattern.detach()
             last = None
-            if "last_patterns" in self._needs:
+            if "last_patterns" in needs:
                 last = _last_pattern(call, module, query, key, value, mask, args, kwargs, pattern)
             event = HeadEvent(call, query, key, value, z.detach(), pattern, last)
-            for observer in self._observers:
-                observer.update_heads(event)
+            with self._lock:
+                for observer in observers:
+                    observer.update_heads(event)
         return z, weights if weights is None or not patterned else pattern
 
 
 def _rows(edit: HeadEdit, call: HeadCall, like: Tensor) -> Tensor | None:
     """[B, 1, 1, 1] bool: the rows that are edited; None for all."""
-    return None if edit.rows is None else edit.row_mask(call.shape[0]).to(like.device)[:, None, None, None]
+    if edit.rows is None:
+        return None
+    copies = call.batch.copies
+    return edit.row_mask(call.shape[0], copies).to(like.device)[:, None, None, None]
 
 
 def _where(rows: Tensor | None, new: Tensor, old: Tensor) -> Tensor:

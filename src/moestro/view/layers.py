@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,36 @@ from moestro.layers.routers.base import Router
 from moestro.routing import RoutingRule
 from moestro.view.rules import RouterCall, derive_rule
 
+LayerKey = int | str
+"""What a layer is called by: its number where that is unique in the view, or the name of its MoE block."""
+
+
+@dataclass(eq=False)
+class Routed:
+    """What is known of a router. It lives with the router, so that all views of the model know the same."""
+
+    rule: RoutingRule | None = None
+    no_rule: str = ""
+    experts: int = 0
+    """Experts that the router knows, where its experts were replaced by a module that holds none."""
+    experts_name: str = ""
+
 
 @dataclass(eq=False)
 class MoELayer:
     """One mixture-of-experts layer of an open model."""
 
-    index: int
-    """Number of the decoder layer it sits in (dense layers count too)."""
+    index: Any
+    """Number of the decoder layer it sits in (dense layers count too): int."""
     name: str
     """Qualified name of the block that owns router and experts."""
     block: nn.Module = field(repr=False)
     router: nn.Module = field(repr=False)
     router_name: str
     experts_name: str
-    rule: RoutingRule | None
-    """None where the router cannot be re-run from logits; `no_rule` says why."""
-    no_rule: str = ""
-    routed: int = 0
-    """Experts that the router knows, where `experts` was replaced by a module that holds none."""
+    known: Routed = field(repr=False)
+    path: str = ""
+    """The name within the stack, the part of the model that turns token ids into hidden states."""
 
     @property
     def experts(self) -> nn.Module:
@@ -46,6 +59,28 @@ class MoELayer:
     def shared(self) -> nn.Module | None:
         """The shared expert, which every token passes; None where there is none."""
         return next((m for n, m in self.block.named_children() if "shared" in n and "gate" not in n), None)
+
+    @property
+    def rule(self) -> RoutingRule | None:
+        """None where the router cannot be re-run from logits; `no_rule` says why."""
+        return self.known.rule
+
+    @rule.setter
+    def rule(self, rule: RoutingRule | None) -> None:
+        self.known.rule = rule
+
+    @property
+    def no_rule(self) -> str:
+        return self.known.no_rule
+
+    @property
+    def routed(self) -> int:
+        """Experts that the router knows, where `experts` was replaced by a module that holds none; else 0."""
+        return self.known.experts
+
+    @routed.setter
+    def routed(self, count: int) -> None:
+        self.known.experts = count
 
     @property
     def num_experts(self) -> int:
@@ -75,75 +110,117 @@ def num_experts_of(experts: nn.Module) -> int:
     return _stacked(experts)[0].shape[0]
 
 
+ALL = "all"
+"""The `part` that stands for all expert stacks of a model."""
+
+
 def find_layers(model: nn.Module, part: str | None = None) -> list[MoELayer]:
-    """The MoE layers of `model`, in order. Raises ValueError where there are none or one is not understood."""
-    places = [
-        place
-        for name, module in model.named_modules()
-        if is_experts(module) and (place := _place(name)) and place[2] is not None
-    ]
-    if not places:
+    """The MoE layers of `model`, in order: of one stack, the first or that whose name holds `part`, or of `part="all"`.
+
+    Warns where stacks are left out. Raises ValueError where there are none or one is not understood.
+    """
+    stacks = _stacks(model)
+    if not stacks:
         raise ValueError(_nothing_found(model))
-    stacks: dict[tuple[str, str], list[tuple[str, str, int]]] = {}
-    for block_name, experts_name, index, stack in ((b, e, i, s) for b, e, i, s in places if i is not None):
-        suffix = re.sub(r"\d+", "*", block_name[len(stack) :])
-        stacks.setdefault((stack, suffix), []).append((block_name, experts_name, index))
-    names = [f"{stack}{suffix}" for stack, suffix in stacks]
-    chosen = [i for i, name in enumerate(names) if part in name] if part else [0]
-    if len(chosen) != 1:
-        raise ValueError(f"part={part!r} matches {len(chosen)} of the model's expert stacks {names}; name exactly one")
+    if part == ALL:
+        chosen = [*stacks]
+    else:
+        chosen = [name for name in stacks if part in name] if part else [next(iter(stacks))]
+        if len(chosen) != 1:
+            raise ValueError(
+                f"part={part!r} matches {len(chosen)} of the model's expert stacks {[*stacks]}; name exactly one, or "
+                f"open them together with part={ALL!r}"
+            )
+    if part is None and (left := [name for name in stacks if name not in chosen]):
+        warnings.warn(
+            f"{type(model).__name__} has {len(stacks)} stacks of experts: opened {chosen[0]}, left {', '.join(left)} "
+            f"as they are; part= names another one, and part={ALL!r} opens all",
+            stacklevel=4,
+        )
     layers: list[MoELayer] = []
-    for block_name, experts_name, index in list(stacks.values())[chosen[0]]:
-        like = layers[-1].rule if layers else None
-        layers.append(_attach(model, block_name, experts_name, index, like))
+    for name in chosen:
+        like = None
+        for block_name, experts_name, index in stacks[name]:
+            layers.append(_attach(model, block_name, experts_name, index, like))
+            like = layers[-1].rule
     return layers
 
 
-def _place(experts_name: str) -> tuple[str, str, int | None, str] | None:
-    """(block name, experts attribute, decoder layer number, name of the stack) from a qualified name."""
-    block_name, _, attribute = experts_name.rpartition(".")
+def _stacks(model: nn.Module) -> dict[str, list[tuple[str, str, int]]]:
+    """{name of a stack of experts: (block, experts attribute, number of the decoder layer) of each layer}"""
+    stacks: dict[str, list[tuple[str, str, int]]] = {}
+    seen: set[tuple[nn.Module, int]] = set()
+    # layers may share one module: it then has several names
+    for name, module in model.named_modules(remove_duplicate=False):
+        known = vars(module).get(_KNOWN)
+        if is_experts(module):
+            block_name, experts_name, index, stack = _place(name)
+        elif known is not None and known.experts:  # a router whose experts were replaced
+            block_name, _, index, stack = _place(name)
+            experts_name = known.experts_name
+        else:
+            continue
+        block = model.get_submodule(block_name)
+        if (block, index) in seen:
+            continue  # one module under two names
+        seen.add((block, index))
+        suffix = re.sub(r"\d+", "*", block_name[len(stack) :])
+        stacks.setdefault(f"{stack}{suffix}", []).append((block_name, experts_name, index))
+    return stacks
+
+
+def _place(name: str) -> tuple[str, str, int, str]:
+    """(block name, attribute, decoder layer number, name of the stack) from the qualified name of a block's part."""
+    block_name, _, attribute = name.rpartition(".")
     numbers = list(re.finditer(r"(?:^|\.)(\d+)(?=\.|$)", block_name))
     if not numbers:
         return (block_name, attribute, 0, block_name)
     return (block_name, attribute, int(numbers[-1].group(1)), block_name[: numbers[-1].start()])
 
 
+_KNOWN = "_moestro_router"
+
+
 def _attach(model: nn.Module, block_name: str, experts_name: str, index: int, like: RoutingRule | None) -> MoELayer:
     block = model.get_submodule(block_name)
     experts = getattr(block, experts_name)
-    num_experts = num_experts_of(experts)
     attempts = []
     for name, child in block.named_children():
-        if child is experts or not _could_route(child, num_experts):
+        known = vars(child).get(_KNOWN) or Routed(experts_name=experts_name)
+        num_experts = known.experts or (num_experts_of(experts) if is_experts(experts) else 0)
+        if child is experts or not num_experts or not _could_route(child, num_experts):
             continue
         if isinstance(child, Router) and child.rule is None:
-            return MoELayer(index, block_name, block, child, name, experts_name, None, child.no_rule)
-        if any(p.is_meta for p in child.parameters()):
+            known.no_rule = child.no_rule
+        elif any(p.is_meta for p in child.parameters()):
             attempts.append(f"{name}: its weights are on the meta device; load them, or open with stream=True")
             continue
-        try:
-            call = RouterCall(block, child)
-            routing = call(call.hidden(0))
-        except TypeError as e:
-            attempts.append(f"{name}: {e}")
-            continue
-        layer = MoELayer(index, block_name, block, child, name, experts_name, None)
-        if isinstance(child, Router) and child.rule is not None and child.rule.top_p is not None:
-            layer.rule = child.rule  # the number of slots depends on the tokens: no probe could tell the rule
-        elif call.by_token_id:
-            layer.no_rule = "experts are looked up by token id: there is no choice to re-run"
-        elif routing.logits.shape[1] < num_experts:
-            layer.no_rule = f"returns {routing.logits.shape[1]} logits for {num_experts} experts"
         else:
             try:
-                layer.rule = derive_rule(call, num_experts, like)
+                known.rule, known.no_rule = _rule(RouterCall(block, child), num_experts, like)
+            except TypeError as e:
+                attempts.append(f"{name}: {e}")
+                continue
             except ValueError as e:
                 raise ValueError(f"layer {index} ({block_name}.{name}): {e}") from None
-        return layer
+        vars(child)[_KNOWN] = known
+        return MoELayer(index, block_name, block, child, name, experts_name, known)
     raise ValueError(
         f"layer {index} ({block_name}): no router beside the experts returns (logits [N, E], weights [N, K], indices "
         f"[N, K]); tried {'; '.join(attempts) or 'nothing: no child has a weight with one row per expert'}"
     )
+
+
+def _rule(call: RouterCall, num_experts: int, like: RoutingRule | None) -> tuple[RoutingRule | None, str]:
+    """(the router's rule, why there is none). Raises TypeError where it is no router, ValueError where no rule fits."""
+    router, routing = call.router, call(call.hidden(0))
+    if isinstance(router, Router) and router.rule is not None and router.rule.top_p is not None:
+        return router.rule, ""  # the number of slots depends on the tokens: no probe could tell the rule
+    if call.by_token_id:
+        return None, "experts are looked up by token id: there is no choice to re-run"
+    if routing.logits.shape[1] < num_experts:
+        return None, f"returns {routing.logits.shape[1]} logits for {num_experts} experts"
+    return derive_rule(call, num_experts, like), ""
 
 
 def _could_route(module: nn.Module, num_experts: int) -> bool:
@@ -206,12 +283,12 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def stack_of(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
-    """The sub-model that turns token ids into hidden states: the innermost PreTrainedModel around the layers."""
+    """The sub-model that turns token ids into hidden states: the innermost PreTrainedModel around all the layers."""
     from transformers import PreTrainedModel
 
     inner, depth = model, -1
     for name, module in model.named_modules():
-        holds = name == "" or layers[0].name.startswith(name + ".")
+        holds = name == "" or all(layer.name.startswith(name + ".") for layer in layers)
         if isinstance(module, PreTrainedModel) and holds and name.count(".") + (name != "") > depth:
             inner, depth = module, name.count(".") + (name != "")
     return inner

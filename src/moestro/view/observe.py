@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from moestro.view.events import Batch, MoEEvent, Tokens
 from moestro.view.heads import AnyObserver
+from moestro.view.in_force import InForce
+from moestro.view.layers import LayerKey, MoELayer
 from moestro.view.lm_logits import hand_logits, language_model, logits_observers
-from moestro.view.taps import Taps
 
 
 def progress_bar(show: bool = True) -> Progress:
@@ -39,7 +40,8 @@ def progress_bar(show: bool = True) -> Progress:
 def observe(
     model: nn.Module,
     stack: nn.Module,
-    taps: Taps,
+    force: InForce,
+    layers: Mapping[LayerKey, MoELayer],
     data: Iterable[Any],
     observers: Sequence[AnyObserver],
     *,
@@ -56,7 +58,7 @@ def observe(
     Raises:
         ValueError: no batch holds a token, an observer asks for an unknown need, or for the logits of a model without a
             language head.
-        FloatingPointError: NaN router logits; names the layer and the sample.
+        FloatingPointError: NaN router logits, or an expert whose output is not finite; names layer, expert and sample.
         RuntimeError: another process failed.
     """
     rank, world = _rank_and_world()
@@ -67,14 +69,18 @@ def observe(
     seen = samples = 0
     failure: Exception | None = None
     try:
-        with taps.observing(observers), torch.no_grad(), progress_bar(progress and rank == 0) as bar:
+        with (
+            force.observing(observers, layers, given_only=True),
+            torch.no_grad(),
+            progress_bar(progress and rank == 0) as bar,
+        ):
             task = bar.add_task(description, total=len(batches))  # type: ignore[arg-type]
             for number, item in enumerate(batches):
                 batch, inputs = as_batch(item, samples)
                 samples += batch.shape[0]
                 if number % world == rank and len(batch.tokens):
                     inputs = {k: v.to(device) for k, v in inputs.items()}
-                    with taps.on_batch(batch):
+                    with force.on_batch(batch):
                         out = run(**inputs, use_cache=False)
                     if readers:
                         hand_logits(readers, batch, inputs["input_ids"], out.logits)
@@ -291,6 +297,45 @@ class ExpertCounts:
         return {layer: sums["count"] for layer, sums in sorted(self._table.sums.items())}
 
 
+class _Rows:
+    """Rows of a trace that wait to be written: columns of many small events, joined once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._layers: list[tuple[Any, int]] = []
+        self._tokens: list[Tokens] = []
+        self._columns: dict[str, list[Tensor]] = {}
+
+    def add(self, event: MoEEvent, logits: bool) -> None:
+        tokens, routing = event.tokens, event.routing
+        self.count += len(tokens)
+        self._layers.append((event.layer, len(tokens)))
+        self._tokens.append(tokens)
+        columns = {"experts": routing.indices.short(), "weights": routing.weights.float()}
+        if logits:
+            columns["logits"] = routing.logits.float()
+        for name, values in columns.items():
+            self._columns.setdefault(name, []).append(values.to("cpu", copy=True))
+
+    def frame(self, slots: int, classes: int) -> pl.DataFrame:
+        tokens = Tokens.cat(self._tokens)
+        widths = {"experts": (pl.Int16, slots), "weights": (pl.Float32, slots), "logits": (pl.Float32, classes)}
+        layers, lengths = zip(*self._layers)
+        by_name = isinstance(layers[0], str)
+        layer = pl.Series(layers, dtype=pl.Categorical if by_name else pl.Int16)
+        columns: dict[str, Any] = {
+            "layer": layer.gather(np.repeat(np.arange(len(layers)), lengths)),
+            "sample": tokens.sample.numpy(),
+            "position": tokens.position.int().numpy(),
+            "id": tokens.id.int().numpy(),
+            "domain": pl.Series(tokens.domains)[tokens.domain.numpy()].cast(pl.Categorical),
+        }
+        for name, parts in self._columns.items():
+            kind, width = widths[name]
+            columns[name] = pl.Series(torch.cat(parts).numpy(), dtype=pl.Array(kind, width))
+        return pl.DataFrame(columns)
+
+
 class RoutingTrace:
     """Every token's routing in every layer, streamed to Parquet files (zstd) in a directory and read back with polars.
 
@@ -308,34 +353,23 @@ class RoutingTrace:
         self.logits, self.rows_per_file = logits, rows_per_file
         self._id = uuid.uuid4().hex[:8]
         self._parts = 0
-        self._pending: dict[tuple[int, int], list[pl.DataFrame]] = {}
+        self._pending: dict[tuple[int, int], _Rows] = {}
 
     def update(self, event: MoEEvent) -> None:
-        tokens, routing = event.tokens, event.routing
-        slots, classes = routing.indices.shape[1], routing.logits.shape[1]
-        columns: dict[str, Any] = {
-            "layer": pl.Series([event.layer], dtype=pl.Int16).new_from_index(0, len(tokens)),
-            "sample": tokens.sample.numpy(),
-            "position": tokens.position.int().numpy(),
-            "id": tokens.id.int().numpy(),
-            "domain": pl.Series(tokens.domains)[tokens.domain.numpy()].cast(pl.Categorical),
-            "experts": pl.Series(routing.indices.short().cpu().numpy(), dtype=pl.Array(pl.Int16, slots)),
-            "weights": pl.Series(routing.weights.float().cpu().numpy(), dtype=pl.Array(pl.Float32, slots)),
-        }
-        if self.logits:
-            columns["logits"] = pl.Series(routing.logits.float().cpu().numpy(), dtype=pl.Array(pl.Float32, classes))
-        pending = self._pending.setdefault((slots, classes), [])
-        pending.append(pl.DataFrame(columns))
-        if sum(map(len, pending)) >= self.rows_per_file:
-            self._flush(slots, classes)
+        routing = event.routing
+        shape = (routing.indices.shape[1], routing.logits.shape[1])
+        pending = self._pending.setdefault(shape, _Rows())
+        pending.add(event, self.logits)
+        if pending.count >= self.rows_per_file:
+            self._flush(*shape)
 
     def _flush(self, slots: int, classes: int) -> None:
-        frames = self._pending.pop((slots, classes), [])
-        if not frames:
+        rows = self._pending.pop((slots, classes), None)
+        if rows is None:
             return
         target = self.path / f"k{slots}-e{classes}-{self._id}-{self._parts:05d}.parquet"
         half = target.with_suffix(".tmp")
-        pl.concat(frames).write_parquet(half, compression="zstd")
+        rows.frame(slots, classes).write_parquet(half, compression="zstd")
         os.replace(half, target)
         self._parts += 1
 

@@ -17,11 +17,13 @@ from moestro.bundled import bundled_path
 from moestro.view.edit import Edit
 from moestro.view.events import Batch
 from moestro.view.heads import AnyObserver, HeadEdit, HeadLayer
-from moestro.view.layers import MoELayer, decoder_of, find_layers, load, stack_of
+from moestro.view.in_force import InForce
+from moestro.view.layers import LayerKey, MoELayer, decoder_of, find_layers, load, stack_of
 from moestro.view.lm_logits import logits_observers
 from moestro.view.observe import as_batch, observe
-from moestro.view.state import state_of
-from moestro.view.taps import Taps
+from moestro.view.situation import find_layer
+from moestro.view.state import ModelState, state_of
+from moestro.view.taps import taps_of
 
 
 class HeadView:
@@ -36,9 +38,22 @@ class HeadView:
         self.layers: list[MoELayer] = []
         self.stack: Any = stack if stack is not None else decoder_of(model)
         """The sub-model that runs from token ids to hidden states."""
-        self.state = state_of(self.stack)
+
+    @property
+    def state(self) -> ModelState:
         """What all views of this model share."""
-        self._taps = Taps([], self.stack)
+        return state_of(self.stack)
+
+    @property
+    def _force(self) -> InForce:
+        return taps_of(self.stack).force
+
+    @property
+    def by_key(self) -> dict[LayerKey, MoELayer]:
+        """The MoE layers by what edits, observers and recipes call them: numbers, or names where numbers repeat."""
+        numbers = [layer.index for layer in self.layers]
+        unique = len(set(numbers)) == len(numbers)
+        return {layer.index if unique else layer.name: layer for layer in self.layers}
 
     def __repr__(self) -> str:
         return "\n".join([f"HeadView of {type(self.model).__name__}:", *(f"  {layer}" for layer in self.heads)])
@@ -49,7 +64,7 @@ class HeadView:
 
         Raises ValueError where the model does not use transformers' attention interface.
         """
-        return self._taps.heads.layers
+        return self._force.heads.layers
 
     @property
     def num_heads(self) -> dict[int, int]:
@@ -65,34 +80,46 @@ class HeadView:
         description: str = "observing",
     ) -> list[Any]:
         """Run the model once over `data` for all observers; returns their results in order. See `observe.observe`."""
-        return observe(self.model, self.stack, self._taps, data, observers, progress=progress, description=description)
+        return observe(
+            self.model,
+            self.stack,
+            self._force,
+            self.by_key,
+            data,
+            observers,
+            progress=progress,
+            description=description,
+        )
 
     @contextmanager
     def observing(self, *observers: AnyObserver) -> Iterator[None]:
         """Observe whatever runs inside the block, `generate` included; samples are rows of the batch."""
         if logits_observers(observers):
             raise ValueError("lm_logits are handed out by view.observe(data, observers) alone")
-        with self._taps.observing(observers):
+        with self._force.observing(observers, self.by_key):
             yield
 
     @property
     def batch(self) -> Batch | None:
         """For hooks of one's own inside `observe`: the batch that the model reads, with its tokens and padding."""
-        return self._taps.batch
+        return self._force.batch
 
     @contextmanager
     def reading(self, batch: Any) -> Iterator[None]:
         """Tell observers where the tokens of the forward pass inside the block come from: `batch`, a token batch."""
-        with self._taps.on_batch(as_batch(batch)[0]):
+        with self._force.on_batch(as_batch(batch)[0]):
             yield
 
     @contextmanager
     def edits(self, *edits: Edit | HeadEdit) -> Iterator[None]:
-        """Run edits inside the block. They nest, and are gone afterwards, also after an exception.
+        """Run edits inside the block, after those already active. Gone afterwards, also after an exception.
+
+        Blocks may overlap and end in any order, in any thread: what is in force belongs to the model. A layer that
+        gradient checkpointing runs again is edited as it was the first time.
 
         Raises ValueError before anything runs where an edit does not fit the model.
         """
-        with self._taps.editing(edits):
+        with self._force.editing(edits, self.by_key, self.model):
             yield
 
     @property
@@ -111,22 +138,21 @@ class ExpertView(HeadView):
         layers = find_layers(model, part)
         super().__init__(model, tokenizer, stack=stack_of(model, layers))
         self.layers = layers
+        prefix = next(n for n, m in model.named_modules() if m is self.stack)
+        for layer in layers:
+            layer.path = layer.name.removeprefix(f"{prefix}." if prefix else "")
         self.original_ids: dict[int, list[int]] = {layer.index: list(range(layer.num_experts)) for layer in self.layers}
         """{layer: for each present expert, its number when the model was opened}"""
         self.load_seconds: float | None = None
         """What loading the model took; None for a model that came from memory."""
-        self._taps = Taps(self.layers, self.stack)
         self._stated = self.layers[0].num_experts
 
     def __repr__(self) -> str:
         return "\n".join([f"ExpertView of {type(self.model).__name__}:", *(f"  {layer}" for layer in self.layers)])
 
-    def layer(self, index: int) -> MoELayer:
-        """The MoE layer in decoder layer `index`."""
-        for layer in self.layers:
-            if layer.index == index:
-                return layer
-        raise ValueError(f"decoder layer {index} has no experts; MoE layers are {[*self.original_ids]}")
+    def layer(self, key: LayerKey) -> MoELayer:
+        """The MoE layer in decoder layer `key`, or of that name. Raises ValueError where there is none, or several."""
+        return find_layer(self.by_key, key)
 
     # Surgery: the weights change
 
@@ -165,7 +191,7 @@ class ExpertView(HeadView):
         surgery.set_top_k(self.layers, self._holders(), top_k)
 
     def _check_idle(self) -> None:
-        if self._taps.active:
+        if self._force.active:
             raise RuntimeError("weights cannot be changed while they are in use: end the edits and observations first")
 
     def _holders(self) -> list[Any]:
@@ -212,7 +238,8 @@ def open(
     """Open a mixture-of-experts model: a transformers model, a checkpoint directory, or a name on the hub.
 
     `experts=False` opens any model, a dense one too, for its attention heads alone (a `HeadView`). `part`: which expert
-    stack to open where a model has several ("vision_moe", say). `stream=True` opens a directory layer by layer, for
+    stack to open where a model has several ("vision_moe", say); "all" opens them together, layers that number alike are
+    then called by their names. `stream=True` opens a directory layer by layer, for
     models larger than memory. `load_options` go to `from_pretrained` (dtype, device_map, ...).
 
     Raises:

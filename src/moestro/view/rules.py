@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
@@ -22,6 +24,25 @@ from moestro.layers.routers.base import Router
 from moestro.routing import Routing, RoutingRule, Score, dense_weights
 
 PROBE_TOKENS = 128
+
+_silence = threading.local()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Let no edit or observer see what this thread runs inside the block: probing shows the model as it is."""
+    before, _silence.on = silenced(), True
+    try:
+        yield
+    finally:
+        _silence.on = before
+
+
+def silenced() -> bool:
+    """Whether this thread probes."""
+    return getattr(_silence, "on", False)
+
+
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest accepted difference of a gate weight, relative to the largest weight of the probe."""
 
@@ -76,7 +97,7 @@ class RouterCall:
         try:
             for shaped in (hidden, hidden.unsqueeze(0)):  # most routers flatten; some insist on [B, T, H]
                 try:
-                    with torch.no_grad():
+                    with torch.no_grad(), silence():
                         out = functional_call(self.router, inside, (shaped,), kwargs)
                     return _as_triple(out, len(hidden))
                 except (ValueError, RuntimeError, IndexError, TypeError) as e:

@@ -7,6 +7,7 @@ force, and keeps where it came from and what has been done to it.
 
 from __future__ import annotations
 
+import copy
 import threading
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ class ModelState:
         """The operations done to the model since it was loaded, in order."""
         self.original_ids: dict[str, list[int]] = {}
         """{name of the MoE block: for each present expert, its number in the first model of the lineage}"""
+        self.taps: Any = None
+        """The hooks that serve edits and observers (see `taps`); made when first needed."""
+        self.layers: dict[str, Any] = {}
+        """The MoE layers that views have found, by name: all views hold the same objects."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
+        if self.taps is not None:
+            self.taps.clean(memo)
+        copied = ModelState()
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("source", "lineage", "recipe", "original_ids")

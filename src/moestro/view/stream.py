@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 import moestro.view.checkpoint as checkpoint
 import moestro.view.surgery as surgery
 from moestro.view.heads import AnyObserver
+from moestro.view.in_force import HEAD_NEEDS
 from moestro.view.layers import MoELayer, load_tokenizer
 from moestro.view.lm_logits import hand_logits, language_model, logits_observers
 from moestro.view.observe import _merged, _rank_and_world, as_batch, progress_bar
@@ -33,7 +34,6 @@ from moestro.view.open import ExpertView
 from moestro.view.stream_parts import Ahead, State, adopt_generation_config, copy_companions, list_of, router_names
 from moestro.view.stream_walk import Hidden, Progress, Walk
 from moestro.view.stream_weights import SHARD_BYTES, Group, Weights, Writer
-from moestro.view.taps import HEAD_NEEDS
 
 HIDDEN_BYTES = 2**30
 """Hidden states of the calibration set are kept in memory up to this size, beyond it in files."""
@@ -211,7 +211,7 @@ class StreamView(ExpertView):
                 return
             walk = Walk(model, self.stack, self._decoder)
             undo.enter_context(torch.no_grad())
-            undo.enter_context(self._taps.observing(observers))
+            undo.enter_context(self._force.observing(observers, self.by_key, given_only=True))
             undo.enter_context(self._surroundings())
             ahead = undo.enter_context(Ahead(self._weights))
             for index in range(first, last + 1):
@@ -223,7 +223,7 @@ class StreamView(ExpertView):
                         batch, inputs = as_batch(batches[number], first_sample)
                         inputs = {k: v.to(device) for k, v in inputs.items()}
                         before = hidden.get(place, device)
-                        with self._taps.on_batch(batch):
+                        with self._force.on_batch(batch):
                             if reading:
                                 hand_logits(reading, batch, inputs["input_ids"], walk.logits(inputs, before))
                             else:
@@ -246,7 +246,7 @@ class StreamView(ExpertView):
 
     def _fingerprint(self, batches: Any, observers: Sequence[AnyObserver]) -> dict[str, Any]:
         """What an interrupted observation must have in common with the one that goes on."""
-        if self._taps._edits:
+        if self._force.edited:
             raise ValueError("an observation under edits cannot be resumed; leave out work=")
         digest = hashlib.sha256()
         samples = 0

@@ -1,0 +1,149 @@
+"""What must hold around a model while something is in force in it: compiled code, recomputation, and `generate`.
+
+- Compiled models (torch.compile) do not look at hooks that come later, so compiled code runs eagerly meanwhile.
+- Gradient checkpointing runs a layer again in the backward pass, maybe after the block that edited it: the layer is
+  then run in the situation of its first run, and observers count it once.
+- Beam search and several return sequences repeat the rows of the caller's batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass: what a layer computes then, it computes again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class _Eager:
+    """Counts who needs compiled code to run eagerly; the first sets torch's stance, the last puts the old one back."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._stance = threading.Lock(), 0, None
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._stance.__exit__(None, None, None)  # type: ignore[attr-defined]
+
+
+EAGER = _Eager()
+
+
+class Recomputed:
+    """A layer's gradient checkpointing function, under which what is run again is run as it was the first time.
+
+    `original`: what stood in its place. `remember()` gives a context manager factory for the second run.
+    """
+
+    def __init__(self, original: Callable[..., Any], remember: Callable[[], Callable[[], Any]]):
+        self.original, self._remember = original, remember
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        as_then = self._remember()
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            if not in_backward():
+                return function(*inputs, **named)
+            with as_then():
+                return function(*inputs, **named)
+
+        return self.original(run, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.original  # a copy of the model starts clean
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.original,)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def wrap_checkpointing(stack: nn.Module, remember: Callable[[], Callable[[], Any]]) -> list[nn.Module]:
+    """Let recomputed layers of `stack` run as the first time; returns the modules that were changed."""
+    changed = []
+    for module in stack.modules():
+        function = vars(module).get(_CHECKPOINT)
+        if function is not None and not isinstance(function, Recomputed):
+            setattr(module, _CHECKPOINT, Recomputed(function, remember))
+            changed.append(module)
+    return changed
+
+
+def unwrap_checkpointing(modules: list[nn.Module]) -> None:
+    for module in modules:
+        if isinstance(function := vars(module).get(_CHECKPOINT), Recomputed):
+            setattr(module, _CHECKPOINT, function.original)
+
+
+class Repeats(threading.local):
+    """How many rows of the running `generate` stand for each row of the caller's batch, in this thread."""
+
+    copies = 1
+
+
+class _Generate:
+    """A model's `generate`; how often it repeats the rows of its inputs is noted while it runs."""
+
+    def __init__(self, model: Any, repeats: Repeats):
+        self.users = 0
+        self._model, self._repeats, self._before = model, repeats, dict(vars(model))
+        self._generate, self._expand = model.generate, model._expand_inputs_for_generation
+        vars(model).update(generate=self, _expand_inputs_for_generation=self._noting)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = self._repeats.copies
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            self._repeats.copies = before
+
+    def _noting(self, *inputs: Any, expand_size: int = 1, **more: Any) -> Any:
+        self._repeats.copies = expand_size
+        return self._expand(*inputs, expand_size=expand_size, **more)
+
+    def remove(self) -> None:
+        for name in _SHADOWED:
+            vars(self._model).pop(name, None)
+            if name in self._before:
+                vars(self._model)[name] = self._before[name]
+
+
+_SHADOWED = ("generate", "_expand_inputs_for_generation")
+
+
+@contextmanager
+def counting_repeats(model: nn.Module, repeats: Repeats) -> Iterator[None]:
+    """Keep `repeats` up to date while `model`, or a part of it, generates. Such blocks may overlap."""
+    watched = []
+    for module in model.modules():
+        if isinstance(module, GenerationMixin):
+            found = vars(module).get("generate")
+            watched.append(found if isinstance(found, _Generate) else _Generate(module, repeats))
+            watched[-1].users += 1
+    try:
+        yield
+    finally:
+        for shadow in watched:
+            shadow.users -= 1
+            if not shadow.users:
+                shadow.remove()
