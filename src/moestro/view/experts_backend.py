@@ -67,7 +67,8 @@ def experts_forward(
 ) -> Float[Tensor, "n h"]:
     """Output of an experts module; `on_outputs` sees each slot's output before it is weighted.
 
-    Slots with an index >= num_experts are sentinels: they add nothing, and their weight gets a zero gradient.
+    Slots with the index num_experts are sentinels: they add nothing, and their weight gets a zero gradient. Any other
+    index that no expert has raises ValueError (on a GPU, where that would wait for the device, its assertion fails).
     `on_outputs(token [S], slot [S], outputs [S, H])` is called any number of times per forward, each time with
     detached tensors in expert order. Gradient checkpointing runs a forward, and so these calls, twice.
     """
@@ -91,6 +92,14 @@ def moestro_experts_forward(
 
 
 ALL_EXPERTS_FUNCTIONS.register("moestro", moestro_experts_forward)
+
+
+def _check_last(largest: int, num_experts: int) -> None:
+    if largest > num_experts:
+        raise ValueError(
+            f"a slot names expert {largest}; there are experts 0 to {num_experts - 1}, and {num_experts} marks a slot "
+            "as unused"
+        )
 
 
 def _inputs(family: Family, hidden: Tensor, weights: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,7 +144,9 @@ def _plan(indices: Int[Tensor, "n k"], family: Family) -> _Plan:
     n, k = indices.shape
     num_experts, h, _ = family.up.shape
     flat = indices.reshape(-1)
-    counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
+    counts = torch.bincount(flat, minlength=num_experts).tolist()  # refuses negative indices
+    _check_last(len(counts) - 1, num_experts)
+    counts = counts[:num_experts]
 
     chunks: list[list[_Group]] = []
     starts, capacities = [0] * num_experts, [0] * num_experts
@@ -412,7 +423,9 @@ def _forward_slots(
     """One slot after the other: reads each expert's weights where they are."""
     k, num_experts = indices.shape[1], len(family.up)
     tokens = hidden.to(family.dtype)
-    slots = [(e, s) for s, e in enumerate(indices.flatten().tolist()) if e < num_experts]
+    flat = indices.flatten().tolist()
+    _check_last(max(flat, default=0), num_experts)
+    slots = [(e, s) for s, e in enumerate(flat) if e < num_experts]
     if on_outputs is not None:
         slots.sort()
     out = torch.zeros(hidden.shape, dtype=torch.promote_types(family.dtype, torch.float32))

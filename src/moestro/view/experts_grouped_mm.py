@@ -19,6 +19,7 @@ def forward_grouped_mm(
 ) -> Tensor:
     """The layer with one grouped product per projection and autograd; no copy from device to host."""
     k, num_experts = indices.shape[1], family.up.shape[0]
+    torch._assert_async((indices <= num_experts).all(), "a slot names an expert that is not there")
     sorted_experts, order = indices.reshape(-1).clamp(max=num_experts).sort(stable=True)
     ends = torch.searchsorted(sorted_experts, torch.arange(num_experts, device=hidden.device), right=True)
     offsets = ends.to(torch.int32)

@@ -9,9 +9,11 @@
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -101,49 +103,76 @@ class Repeats(threading.local):
     copies = 1
 
 
-class _Generate:
-    """A model's `generate`; how often it repeats the rows of its inputs is noted while it runs."""
+class _Shadow:
+    """A function in the place of a model's own method; in a copy of the model, the method itself."""
+
+    def __init__(self, model: Any, name: str, run: Callable[..., Any]):
+        self._model, self._name, self._run = model, name, run
+        self._had = vars(model).get(name)
+        vars(model)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _own(memo[id(self._model)], self._name)
+
+    def __reduce__(self) -> Any:
+        return _own, (self._model, self._name)
+
+    def remove(self) -> None:
+        del vars(self._model)[self._name]
+        if self._had is not None:
+            vars(self._model)[self._name] = self._had
+
+
+def _own(model: Any, name: str) -> Any:
+    return types.MethodType(getattr(type(model), name), model)
+
+
+class _Generating:
+    """Notes how often a model's `generate` repeats the rows of its inputs, while it runs."""
 
     def __init__(self, model: Any, repeats: Repeats):
         self.users = 0
-        self._model, self._repeats, self._before = model, repeats, dict(vars(model))
-        self._generate, self._expand = model.generate, model._expand_inputs_for_generation
-        vars(model).update(generate=self, _expand_inputs_for_generation=self._noting)
+        generate, expand = model.generate, model._expand_inputs_for_generation
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = self._repeats.copies
-        try:
-            return self._generate(*args, **kwargs)
-        finally:
-            self._repeats.copies = before
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = repeats.copies
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                repeats.copies = before
 
-    def _noting(self, *inputs: Any, expand_size: int = 1, **more: Any) -> Any:
-        self._repeats.copies = expand_size
-        return self._expand(*inputs, expand_size=expand_size, **more)
+        def noting(*inputs: Any, expand_size: int = 1, **more: Any) -> Any:
+            repeats.copies = expand_size
+            return expand(*inputs, expand_size=expand_size, **more)
+
+        self._shadows = [_Shadow(model, "generate", run), _Shadow(model, "_expand_inputs_for_generation", noting)]
 
     def remove(self) -> None:
-        for name in _SHADOWED:
-            vars(self._model).pop(name, None)
-            if name in self._before:
-                vars(self._model)[name] = self._before[name]
+        for shadow in self._shadows:
+            shadow.remove()
 
 
-_SHADOWED = ("generate", "_expand_inputs_for_generation")
+_lock = threading.Lock()
+_generating: WeakKeyDictionary[nn.Module, _Generating] = WeakKeyDictionary()
 
 
 @contextmanager
 def counting_repeats(model: nn.Module, repeats: Repeats) -> Iterator[None]:
     """Keep `repeats` up to date while `model`, or a part of it, generates. Such blocks may overlap."""
-    watched = []
-    for module in model.modules():
-        if isinstance(module, GenerationMixin):
-            found = vars(module).get("generate")
-            watched.append(found if isinstance(found, _Generate) else _Generate(module, repeats))
-            watched[-1].users += 1
+    watched = [module for module in model.modules() if isinstance(module, GenerationMixin)]
+    with _lock:
+        for module in watched:
+            if module not in _generating:
+                _generating[module] = _Generating(module, repeats)
+            _generating[module].users += 1
     try:
         yield
     finally:
-        for shadow in watched:
-            shadow.users -= 1
-            if not shadow.users:
-                shadow.remove()
+        with _lock:
+            for module in watched:
+                _generating[module].users -= 1
+                if not _generating[module].users:
+                    _generating.pop(module).remove()

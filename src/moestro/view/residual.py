@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moestro.view.layers import MoELayer, decoder_layer
 from moestro.view.situation import Pass
+from moestro.view.state import LiveHook
 
 
 def watch_norms(stack: nn.Module, layers: list[MoELayer], now: Callable[[], Pass], undo: ExitStack) -> None:
@@ -23,9 +24,9 @@ def watch_norms(stack: nn.Module, layers: list[MoELayer], now: Callable[[], Pass
             own = list(module.parameters(recurse=False))
             plain = own and all(p.dim() == 1 for p in own) and not list(module.children())
             if plain or "norm" in type(module).__name__.lower():  # a gated norm has parts of its own
-                undo.callback(module.register_forward_hook(partial(_on_norm, now, layer.path)).remove)
+                undo.callback(module.register_forward_hook(LiveHook(partial(_on_norm, now, layer.path))).remove)
         for module in owner.children():
-            undo.callback(module.register_forward_hook(partial(_on_part, now, layer.path)).remove)
+            undo.callback(module.register_forward_hook(LiveHook(partial(_on_part, now, layer.path))).remove)
 
 
 def _on_norm(now: Callable[[], Pass], name: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:

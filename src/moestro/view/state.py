@@ -9,12 +9,36 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 _ATTRIBUTE = "_moestro_state"
+
+
+class LiveHook:
+    """A hook that serves a live model: in a copy of the model, or one that was pickled, it does nothing."""
+
+    def __init__(self, run: Callable[..., Any]):
+        self._run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _Copied()
+
+    def __reduce__(self) -> Any:
+        return _Copied, ()
+
+
+class _Copied:
+    """What a LiveHook is in a copy."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 class ModelState:

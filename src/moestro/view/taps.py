@@ -28,7 +28,7 @@ from moestro.view.recompute import in_backward
 from moestro.view.residual import residual_stream
 from moestro.view.rules import logits_of
 from moestro.view.situation import Observation, Situation
-from moestro.view.state import ModelState, state_of
+from moestro.view.state import LiveHook, ModelState, state_of
 
 OUTPUT_BYTES = 256 * 2**20
 """Memory for the slot outputs of one event; more tokens are served in chunks."""
@@ -73,18 +73,20 @@ class Taps:
                 _owners[module] = self
         wanted: dict[tuple[nn.Module, str], Callable[[], Any]] = {}
         for here in situations:
-            begin = partial(self.stack.register_forward_pre_hook, self.force.begin, with_kwargs=True)
+            begin = partial(self.stack.register_forward_pre_hook, LiveHook(self.force.begin), with_kwargs=True)
             wanted[self.stack, "stack"] = begin
             for layer in layers:
                 router, experts = layer.router, layer.experts
                 acting, observed = here.acting.get(layer.path), here.observes(layer)
                 if observed or (acting and (acting.on_logits or acting.on_routing)):
-                    edit = partial(router.register_forward_hook, self._on_router, with_kwargs=True)
+                    edit = partial(router.register_forward_hook, LiveHook(self._on_router), with_kwargs=True)
                     wanted[router, "router"] = edit
                 if acting and acting.on_output:
-                    wanted[experts, "before"] = partial(experts.register_forward_pre_hook, self._before_experts)
+                    wanted[experts, "before"] = partial(
+                        experts.register_forward_pre_hook, LiveHook(self._before_experts)
+                    )
                 if observed or (acting and acting.on_output):
-                    wanted[experts, "experts"] = partial(experts.register_forward_hook, self._on_experts)
+                    wanted[experts, "experts"] = partial(experts.register_forward_hook, LiveHook(self._on_experts))
         for place in self._hooks.keys() - wanted.keys():
             self._hooks.pop(place).remove()
         for place, hang in wanted.items():
@@ -95,14 +97,11 @@ class Taps:
         """Take off a deep copy under way what serves this model alone. `copied`: deepcopy's memo."""
         with self.force.lock:
             self.force.clean(copied)
-            for (module, _), handle in self._hooks.items():
-                for hooks in (
-                    module._forward_hooks,
-                    module._forward_pre_hooks,
-                    module._forward_hooks_with_kwargs,
-                    module._forward_pre_hooks_with_kwargs,
-                ):
-                    copied.get(id(hooks), {}).pop(handle.id, None)
+            for module in self.stack.modules():
+                for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                    mine = [number for number, hook in hooks.items() if isinstance(hook, LiveHook)]
+                    for number in mine:
+                        copied.get(id(hooks), {}).pop(number, None)
 
     # What the hooks do
 
