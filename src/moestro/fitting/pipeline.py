@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import moestro.view.open as opening
+import moestro.view.operations as operations
 from moestro.bundled import bundled_path
 from moestro.data import (
     Document,
@@ -213,7 +214,7 @@ def work_directory(out: Path | None, work: str | Path | None, stream: bool) -> P
 def _written(view: Any, half: Path, *, last: bool) -> Any:
     """The model in memory as it is read back from `half`. `last`: nobody else holds it, so it can be dropped."""
     config = plain_config(view.model, view.stack, view.layers)
-    write(view.model, config, half, tokenizer=view.tokenizer, original_experts=view.original_ids)
+    write(view.model, config, half, tokenizer=view.tokenizer, notes=operations.notes(view))
     if last:
         view.model.to("meta")
         gc.collect()

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from moestro.layers.routers.base import Router
 from moestro.routing import RoutingRule
+from moestro.view.experts import is_experts, num_experts_of
+from moestro.view.obstacles import check_no_adapter_on_experts, offloaded, why_no_experts
 from moestro.view.rules import RouterCall, derive_rule
 
 
@@ -49,7 +51,7 @@ class MoELayer:
 
     @property
     def num_experts(self) -> int:
-        return num_experts_of(self.experts) if _stacked(self.experts) else self.routed
+        return num_experts_of(self.experts) if is_experts(self.experts) else self.routed
 
     @property
     def top_k(self) -> int:
@@ -62,28 +64,13 @@ class MoELayer:
         return f"layer {self.index} ({self.name}): {self.num_experts} experts, {rule}"
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether the module's forward dispatches through transformers' ExpertsInterface, or keeps its contract."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate") and bool(_stacked(module))
-
-
-def _stacked(module: nn.Module) -> list[Tensor]:
-    return [p for p in module.parameters(recurse=False) if p.dim() == 3]
-
-
-def num_experts_of(experts: nn.Module) -> int:
-    return _stacked(experts)[0].shape[0]
-
-
 def find_layers(model: nn.Module, part: str | None = None) -> list[MoELayer]:
     """The MoE layers of `model`, in order. Raises ValueError where there are none or one is not understood."""
-    places = [
-        place
-        for name, module in model.named_modules()
-        if is_experts(module) and (place := _place(name)) and place[2] is not None
-    ]
+    held = [(name, module) for name, module in model.named_modules() if is_experts(module)]
+    check_no_adapter_on_experts(model, held)
+    places = [place for name, module in held if (place := _place(name)) and place[2] is not None]
     if not places:
-        raise ValueError(_nothing_found(model))
+        raise ValueError(why_no_experts(model))
     stacks: dict[tuple[str, str], list[tuple[str, str, int]]] = {}
     for block_name, experts_name, index, stack in ((b, e, i, s) for b, e, i, s in places if i is not None):
         suffix = re.sub(r"\d+", "*", block_name[len(stack) :])
@@ -119,7 +106,11 @@ def _attach(model: nn.Module, block_name: str, experts_name: str, index: int, li
         if isinstance(child, Router) and child.rule is None:
             return MoELayer(index, block_name, block, child, name, experts_name, None, child.no_rule)
         if any(p.is_meta for p in child.parameters()):
-            attempts.append(f"{name}: its weights are on the meta device; load them, or open with stream=True")
+            why = offloaded(child) or "not loaded"
+            attempts.append(
+                f"{name}: its weights are on the meta device, {why}; load the model whole, or open its directory with "
+                "stream=True"
+            )
             continue
         try:
             call = RouterCall(block, child)
@@ -150,23 +141,6 @@ def _could_route(module: nn.Module, num_experts: int) -> bool:
     if isinstance(module, Router):
         return True
     return any(p.dim() >= 1 and num_experts <= p.shape[0] <= num_experts + 8 for p in module.parameters())
-
-
-def _nothing_found(model: nn.Module) -> str:
-    custom = type(model).__module__.startswith("transformers_modules")
-    lists = [
-        n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.endswith("experts") and len(m) > 1
-    ]
-    if custom or lists:
-        where = f" (it keeps its experts in {lists[0]})" if lists else ""
-        return (
-            f"{type(model).__name__} does not use transformers' experts interface{where}, so its experts cannot be "
-            "reached; load the same checkpoint with the family's class in transformers (trust_remote_code=False)"
-        )
-    closed = next(((n, m.no_triple) for n, m in model.named_modules() if hasattr(m, "no_triple")), None)
-    if closed:
-        return f"{type(model).__name__} cannot be opened: {closed[0]} {closed[1]}"
-    return f"{type(model).__name__} is a dense model: it has no experts to open (experts=False opens its heads)"
 
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")

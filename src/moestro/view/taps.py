@@ -22,10 +22,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moestro.routing import Routing
 from moestro.view.edit import Edit, ForceOn, SwitchOff
 from moestro.view.events import NEEDS, Batch, MoEEvent, Observer, cached_tokens
+from moestro.view.experts import is_experts
 from moestro.view.experts_backend import experts_forward
 from moestro.view.head_taps import HeadTaps
 from moestro.view.heads import AnyObserver, HeadEdit
-from moestro.view.layers import MoELayer, is_experts
+from moestro.view.layers import MoELayer
+from moestro.view.obstacles import why_no_slots
 from moestro.view.rules import logits_of
 
 OUTPUT_BYTES = 256 * 2**20
@@ -334,6 +336,11 @@ class Taps:
                 raise ValueError(
                     f"layer {layer.index}: its experts were replaced by {type(layer.experts).__name__}, which has no "
                     "slots; observers that need norms, maxima or outputs cannot run"
+                )
+            if why := why_no_slots(layer.experts):
+                raise ValueError(
+                    f"layer {layer.index}: {why}; observers that need norms, maxima or outputs cannot run there, those "
+                    "that need the routing alone can"
                 )
             if layer.experts in _watched:
                 raise RuntimeError(f"another view of this model observes {layer.name}; end that observation first")

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moestro.view.layers import MoELayer
-from moestro.view.surgery import check_keep, per_expert_tensors
+from moestro.view.router_axes import bytes_per_expert
+from moestro.view.surgery import check_keep
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -62,16 +63,8 @@ class Sizes:
 
 def measure(layers: Sequence[MoELayer], total: int) -> Sizes:
     """Sizes of a model whose saved checkpoint takes `total` bytes."""
-    expert, experts = {}, 0
-    for layer in layers:
-        size = 0
-        if layer.rule is not None:
-            for _, owner, attr, _ in per_expert_tensors(layer):
-                tensor = getattr(owner, attr)
-                size += tensor.numel() * tensor.element_size()
-        expert[layer.index] = size // layer.num_experts
-        experts += size
-    return Sizes(total - experts, expert)
+    expert = {layer.index: bytes_per_expert(layer) for layer in layers}
+    return Sizes(total - sum(expert[layer.index] * layer.num_experts for layer in layers), expert)
 
 
 def affordable(layers: Sequence[MoELayer], sizes: Sizes, budget: int) -> int:
