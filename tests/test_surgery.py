@@ -343,7 +343,7 @@ def test_an_interrupt_waits_until_all_layers_are_cut(
 
 def test_an_interrupted_view_knows_what_was_cut(qwen: moestro.ExpertView, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = PerExpert.slice
-    monkeypatch.setattr(surgery, "_slice", lambda *args: (signal.raise_signal(signal.SIGINT), cut(*args))[1])
+    monkeypatch.setattr(PerExpert, "slice", lambda *args: (signal.raise_signal(signal.SIGINT), cut(*args))[1])
     with pytest.raises(KeyboardInterrupt):
         qwen.keep_experts({1: [0, 3, 5], 2: [1, 4, 6]})
     assert qwen.original_ids == {1: [0, 3, 5], 2: [1, 4, 6]}

@@ -278,9 +278,7 @@ class Recipe:
                     if operation.portable == "needs data"
                     else "it is of use to the very model it was made on alone"
                 )
-                raise ValueError(
-                    f"operation {number} ({operation.kind}) cannot be repeated on another model: {way}"
-                )
+                raise ValueError(f"operation {number} ({operation.kind}) cannot be repeated on another model: {way}")
 
     def to_data(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -416,6 +414,14 @@ class Notes:
             return cls.from_data(json.loads(file.read_text()))
         except ValueError as e:
             raise ValueError(f"{file}: {e}; delete it to open the checkpoint without its history") from None
+
+
+def annotate(directory: str | Path, *, statistics: str, note: str) -> None:
+    """Say in a checkpoint's moestro.json where the statistics behind its recipe lie, and what it is for."""
+    file = Path(directory) / NOTES
+    data = json.loads(file.read_text())
+    data["recipe"] |= {"statistics": statistics, "note": note}
+    file.write_text(json.dumps(data, indent=1, allow_nan=False))
 
 
 def _whole(notes: Notes) -> Recipe:

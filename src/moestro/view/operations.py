@@ -10,8 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-
 import moestro.view.checkpoint as checkpoint
 import moestro.view.surgery as surgery
 from moestro.recipe import Keep, MadeOn, Merge, Notes, Operation, Recipe, SetTopK

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.recipe import Recipe, keep
 from moestro.view.layers import MoELayer
 from moestro.view.router_axes import bytes_per_expert
 from moestro.view.surgery import check_keep
@@ -121,7 +122,7 @@ def keep_best(
 
     `protect`: (layer, expert) pairs that are kept whatever their score. Raises ValueError where they are too many.
     """
-    keep = {}
+    kept = {}
     for layer in layers:
         groups = layer.rule.groups if layer.rule else 1
         score = scores[layer.index].double().nan_to_num(nan=float("-inf"))
@@ -129,12 +130,24 @@ def keep_best(
         score[kept_always] = float("inf")
         best = score.view(groups, -1).argsort(dim=1, descending=True, stable=True)[:, : count // groups]
         offset = torch.arange(groups)[:, None] * (layer.num_experts // groups)
-        keep[layer.index] = sorted((best + offset).flatten().tolist())
-        lost = set(kept_always) - set(keep[layer.index])
+        kept[layer.index] = sorted((best + offset).flatten().tolist())
+        lost = set(kept_always) - set(kept[layer.index])
         if lost:
             raise ValueError(
                 f"layer {layer.index}: {len(kept_always)} protected experts do not fit into {count} "
                 f"({count // groups} a group); keep more or protect fewer"
             )
-        check_keep(layer, keep[layer.index])
-    return keep
+        check_keep(layer, kept[layer.index])
+    return kept
+
+
+def prune(
+    layers: Sequence[MoELayer],
+    scores: Mapping[int, Float[Tensor, " e"]],
+    count: int,
+    *,
+    protect: Collection[tuple[int, int]] = (),
+) -> Recipe:
+    """What `keep_best` chooses, as a recipe: for `view.check` and `view.apply`."""
+    chosen = keep_best(layers, scores, count, protect=protect)
+    return Recipe((keep({layer.name: chosen[layer.index] for layer in layers}),))
