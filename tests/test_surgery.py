@@ -18,6 +18,7 @@ import moestro
 import tiny
 from moestro import ForceOn, SwitchOff
 from moestro.view import surgery
+from moestro.view.experts import PerExpert
 from moestro.view.observe import SlotStats
 from moestro.view.surgery import pad_to_uniform
 from tiny import FP32, LEARNED, Record, documents, logits_of, make, padded
@@ -327,13 +328,13 @@ def test_an_interrupt_waits_until_all_layers_are_cut(
     if surgery_ is surgery.keep_experts:
         request = {index: [group[0] for group in groups] for index, groups in request.items()}
     surgery_(whole.layers, request)
-    cut = surgery._slice
+    cut = PerExpert.slice
 
     def pressed(*args: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return cut(*args)
 
-    monkeypatch.setattr(surgery, "_slice", pressed)
+    monkeypatch.setattr(PerExpert, "slice", pressed)
     with pytest.raises(KeyboardInterrupt):
         surgery_(qwen.layers, request)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -341,8 +342,8 @@ def test_an_interrupt_waits_until_all_layers_are_cut(
 
 
 def test_an_interrupted_view_knows_what_was_cut(qwen: moestro.ExpertView, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = surgery._slice
-    monkeypatch.setattr(surgery, "_slice", lambda *args: (signal.raise_signal(signal.SIGINT), cut(*args))[1])
+    cut = PerExpert.slice
+    monkeypatch.setattr(PerExpert, "slice", lambda *args: (signal.raise_signal(signal.SIGINT), cut(*args))[1])
     with pytest.raises(KeyboardInterrupt):
         qwen.keep_experts({1: [0, 3, 5], 2: [1, 4, 6]})
     assert qwen.original_ids == {1: [0, 3, 5], 2: [1, 4, 6]}

@@ -56,6 +56,10 @@ def fit(
     work: Annotated[
         Path | None, typer.Option(help="where --stream keeps what a killed run goes on from", show_default="OUT.work")
     ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(help="keep what the calibration finds here, or read it: for another budget or saliency"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing directory")] = False,
 ) -> None:
@@ -71,7 +75,12 @@ def fit(
 
       moestro fit ./Qwen3-235B-A22B --stream --memory 120GB --for mails.txt
 
-    The last model is larger than memory. It is run layer by layer; if that is killed, the same command goes on.
+      moestro fit ./OLMoE --for mails.txt --experts 50% --stats ./olmoe-stats --out ./half
+
+      moestro fit ./OLMoE --for mails.txt --experts 25% --stats ./olmoe-stats --out ./quarter
+
+    The Qwen3-235B is larger than memory. It is run layer by layer; if that is killed, the same command goes on. The
+    last fit reads the statistics of the one before it: the model is not calibrated again.
     """
     import moestro.fitting.pipeline as pipeline
     from moestro.fitting.plan import make_plan
@@ -88,18 +97,75 @@ def fit(
     if dry_run:
         view = pipeline.open_model(model, stream=stream)
         texts = pipeline.read_data(view, data, rest=rest, **limits)
-        plan = make_plan(view, texts.calibration, seed=seed, work=kept and kept / "calibration", **budget)
+        places: dict[str, Any] = dict(
+            work=kept and kept / "calibration", stats=stats, source=pipeline.directory_of(model), format="hf"
+        )
+        plan = make_plan(view, texts.calibration, seed=seed, **places, **budget)
         _print_plan(view, plan)
         return
-    places: dict[str, Any] = dict(out=target, overwrite=overwrite, stream=stream, work=work)
+    places = dict(out=target, overwrite=overwrite, stream=stream, work=work, stats=stats)
     try:
         fitted = pipeline.fit(model, data, rest=rest, **places, **budget, **limits)
     except KeyboardInterrupt:
         if kept is not None and kept.exists():
             console.print(f"what was done so far is in {kept}: the same command goes on from there")
         raise
+    if not fitted.plan.observed:
+        console.print(f"statistics  {stats} served: no calibration pass", highlight=False)
     _print_report(fitted.report)
     console.print(f"\ncheckpoint  {target}\nreport      {target / 'report.html'}", highlight=False)
+
+
+@app.command()
+def apply(
+    recipe: Annotated[Path, typer.Argument(help="a recipe's JSON file, or a checkpoint that moestro has cut")],
+    model: Annotated[str, typer.Argument(help="checkpoint directory, hub name or bundled model to do the same to")],
+    out: Annotated[Path, typer.Option(help="directory for the checkpoint")],
+    stream: Annotated[
+        bool, typer.Option("--stream", help="layer by layer from disk: for a model larger than memory")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing directory")] = False,
+) -> None:
+    """Repeat on a sibling what was done to a model: cut the base model as its instruct version was cut.
+
+    A checkpoint that `moestro fit` wrote carries its recipe in moestro.json: which experts stayed in which layer. The
+    other model must be alike: the same architecture, layers, numbers of experts and top_k. If it is not, the difference
+    is told and nothing is written. No data is needed; how good the choice is for the sibling, `moestro look` can tell.
+
+    Examples:
+
+      moestro fit ./OLMoE-Instruct --for mails.txt --experts 50% --out ./OLMoE-Instruct-mails
+
+      moestro apply ./OLMoE-Instruct-mails ./OLMoE --out ./OLMoE-mails
+
+      moestro apply recipe.json ./Qwen3-235B-A22B --stream --out ./Qwen3-half
+    """
+    import moestro.fitting.pipeline as pipeline
+    from moestro.recipe import Recipe
+
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; choose another directory with --out, or pass --overwrite")
+    loaded = Recipe.load(recipe)
+    if not loaded.operations:
+        raise ValueError(f"{recipe} carries a recipe without operations: there is nothing to repeat")
+    loaded.check_portable()
+    with console.status(f"opening {model}"):
+        view = pipeline.open_model(model, stream=stream)
+    before = view.num_bytes
+    with console.status("checking what the recipe asks for"):
+        view.check(loaded)
+    with console.status(f"applying {', '.join(op.kind for op in loaded.operations)}"):
+        view.apply(loaded)
+    if stream:
+        view.save(out, overwrite=overwrite)  # shows its own progress
+    else:
+        with console.status(f"saving {out}"):
+            view.save(out, overwrite=overwrite)
+    table = Table("layer", "experts left", "top_k", title=loaded.note or None)
+    for layer in view.layers:
+        table.add_row(str(layer.index), str(layer.num_experts), str(layer.top_k))
+    console.print(table)
+    console.print(f"size        {_size(before)} -> {_size(view.num_bytes)}\ncheckpoint  {out}", highlight=False)
 
 
 app.command()(look)
@@ -121,7 +187,8 @@ def _print_plan(view, plan) -> None:
     console.print(table)
     console.print(
         f"size {_size(view.num_bytes)} -> {_size(plan.bytes_after)}, of which every expert shares "
-        f"{_size(plan.sizes.shared)}; observed {sum(plan.stats.tokens.values()):,} tokens of "
+        f"{_size(plan.sizes.shared)}; {'observed' if plan.observed else 'saved statistics of'} "
+        f"{sum(plan.stats.tokens.values()):,} tokens of "
         f"{', '.join(plan.stats.domains)}",
         highlight=False,
     )

@@ -14,7 +14,7 @@ Shapes: E experts, F neurons of the dense layer, H hidden.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -52,6 +52,7 @@ class BiasedExperts(UngatedExperts):
     """Ungated experts with biases: `up_proj_bias` [E, I], `down_proj_bias` [E, H]."""
 
     has_bias = True
+    expert_axes: ClassVar = {"up_proj": 0, "up_proj_bias": 0, "down_proj": 0, "down_proj_bias": 0}
 
     def __init__(self, num_experts: int, hidden_size: int, width: int, **options: Any):
         super().__init__(num_experts, hidden_size, width, **options)

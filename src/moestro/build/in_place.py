@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moestro.build.equivalent_split import IN, LARGEST_DIFFERENCE, OUT, split_ffn
 from moestro.layers import MoE
 from moestro.routing import RoutingContext
-from moestro.view.layers import is_experts
+from moestro.view.experts import is_experts
 
 
 class PlainFFN(nn.Module):

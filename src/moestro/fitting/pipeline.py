@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import moestro.view.open as opening
+import moestro.view.operations as operations
 from moestro.bundled import bundled_path
 from moestro.data import (
     Document,
@@ -37,6 +38,7 @@ from moestro.fitting.memory import check_fits
 from moestro.fitting.plan import Plan, make_plan
 from moestro.fitting.result import Cost, DomainLoss, FitReport, LayerChoice, Sample
 from moestro.fitting.work import Work
+from moestro.recipe import annotate
 from moestro.report import write_fit_page
 from moestro.view.checkpoint import complete_directory, plain_config, write
 from moestro.view.observe import ExpertCounts
@@ -135,6 +137,7 @@ def fit(
     overwrite: bool = False,
     stream: bool = False,
     work: str | Path | None = None,
+    stats: str | Path | None = None,
     protect: Collection[tuple[int, int]] = (),
     calibration_tokens: int = 50_000,
     heldout_tokens: int = 8_000,
@@ -159,12 +162,16 @@ def fit(
             generated then: the report has no samples, speed or load time.
         work: where a streamed fit keeps what a killed one goes on from when it is called again with the same arguments;
             by default `out` with `.work` behind it, deleted when the fit is done. A directory named here stays.
+        stats: a directory for what the calibration finds (sums per expert, no text). A later fit of the same model on
+            the same data, to another budget or by another saliency that these statistics can serve, is not calibrated
+            again. They are saved beside the report in `out` too, which can be named here as well.
         protect: (decoder layer, expert) pairs that are never dropped.
         calibration_tokens, heldout_tokens: limits per domain.
 
     Raises:
-        ValueError: a dense model, an impossible budget, unusable data, a checkpoint larger than memory without
-            `stream`; before anything is changed or written. Or `work` belongs to another fit.
+        ValueError: a dense model, an impossible budget, a cut or checkpoint that cannot be made (see
+            `ExpertView.check`), unusable data, a checkpoint larger than memory without `stream`, `stats` of another
+            model or data; before anything is observed, changed or written. Or `work` belongs to another fit.
         FileExistsError: `out` exists and `overwrite` is off.
     """
     out = Path(out) if out is not None else None
@@ -181,17 +188,26 @@ def fit(
         )
         texts = read_data(view, data, rest=rest, seed=seed, **limits)
         choice: dict[str, Any] = dict(memory=memory, experts=experts, saliency=saliency, protect=protect)
-        calibration = kept.directory("calibration")
-        plan = make_plan(view, texts.calibration, seed=seed, progress=progress, work=calibration, **choice)
+        places: dict[str, Any] = dict(
+            work=kept.directory("calibration"),
+            stats=None if stats is None else Path(stats),
+            source=directory_of(model),
+            format=None if half is None else "hf",
+            keep_statistics=half is not None,
+        )
+        plan = make_plan(view, texts.calibration, seed=seed, progress=progress, **choice, **places)
         prompts = _prompts(texts)
         before = _measure(view, texts, prompts, "before", progress, kept)
-        view.keep_experts(plan.keep)
+        view.apply(plan.recipe)
         kept.begin(plan.keep, save=half is not None)
         if half is not None:  # what is measured is what is shipped
             view = kept.saved(view) if stream else _written(view, half, last=isinstance(model, str | Path))
         after = _measure(view, texts, prompts, "after", progress, kept)
         report = _report(model, plan, texts, prompts, before, after, streamed=stream)
         if half is not None:
+            if plan.statistics is not None:
+                plan.statistics.save(half)
+            annotate(half, statistics="statistics.json", note=f"{plan.request}, by {plan.saliency}")
             (half / "report.json").write_text(report.model_dump_json(indent=1))
             write_fit_page(report, half / "report.html")
     if stream and out is not None:
@@ -199,6 +215,14 @@ def fit(
     if work is None:
         kept.remove()
     return Fitted(view, plan, report, out)
+
+
+def directory_of(model: Any) -> Path | None:
+    """The directory of a checkpoint that `fit` itself loads; None for a hub name or a model that is open already."""
+    if not isinstance(model, str | Path):
+        return None
+    path = Path(model) if Path(model).exists() else bundled_path(str(model))
+    return path if path is not None and path.is_dir() else None
 
 
 def work_directory(out: Path | None, work: str | Path | None, stream: bool) -> Path | None:
@@ -213,7 +237,7 @@ def work_directory(out: Path | None, work: str | Path | None, stream: bool) -> P
 def _written(view: Any, half: Path, *, last: bool) -> Any:
     """The model in memory as it is read back from `half`. `last`: nobody else holds it, so it can be dropped."""
     config = plain_config(view.model, view.stack, view.layers)
-    write(view.model, config, half, tokenizer=view.tokenizer, original_experts=view.original_ids)
+    write(view.model, config, half, tokenizer=view.tokenizer, notes=operations.notes(view))
     if last:
         view.model.to("meta")
         gc.collect()

@@ -9,20 +9,18 @@ from typing import Any
 
 import torch
 
-from moestro.compress.prune.keep import (
-    Sizes,
-    affordable,
-    keep_best,
-    measure,
-    parse_memory,
-    parse_share,
-    share_of_experts,
-)
+from moestro.compress.prune.easy_ep import EasyEPStats
+from moestro.compress.prune.keep import Sizes, affordable, measure, parse_memory, parse_share, prune, share_of_experts
 from moestro.compress.prune.saliency import SALIENCIES, Scores, random
 from moestro.data import TokenBatches
 from moestro.fitting.result import Coverage
+from moestro.fitting.statistics import Statistics, origin_of
+from moestro.recipe import Recipe
 from moestro.view.observe import SlotStatistics, SlotStats
 from moestro.view.surgery import check_own
+
+OBSERVERS: dict[str, Any] = {"slots": SlotStats, "easy-ep": EasyEPStats}
+"""Observers whose results can be kept in files, by the kind that names them there."""
 
 ENOUGH_TOKENS = 100
 """Calibration tokens below which an expert's score is called thin: its mean then has an error of some 10%."""
@@ -43,6 +41,12 @@ class Plan:
     stats: SlotStatistics
     coverage: Coverage
     warnings: list[str]
+    recipe: Recipe
+    """What is to be done to the model."""
+    statistics: Statistics | None
+    """What the calibration found, to be kept; None where nobody asked for it."""
+    observed: bool
+    """False: saved statistics served, and the model has not been run."""
 
     @property
     def bytes_after(self) -> int:
@@ -73,37 +77,77 @@ def make_plan(
     seed: int = 0,
     progress: bool = True,
     work: Path | None = None,
+    stats: Path | None = None,
+    format: str | None = None,
+    source: Path | None = None,
+    keep_statistics: bool = False,
 ) -> Plan:
     """Observe `calibration` once and choose the experts to keep. Changes nothing.
 
     work: where a streamed view keeps what an interrupted observation goes on from.
+    stats: a directory of statistics: those in it are not observed again, those that are observed are put there.
+    format: of the checkpoint that is to be made; None where none is.
+    source: the checkpoint that the model in memory is, and nothing else.
+    keep_statistics: give them back in the plan also without `stats`.
 
-    Raises ValueError for an unknown saliency or a budget that cannot be met, before anything is observed.
+    Raises ValueError for an unknown saliency, a budget that cannot be met, a cut or checkpoint that cannot be made, or
+    statistics of another model or other data; all before anything is observed.
     """
     if saliency not in SALIENCIES:
         raise ValueError(f"saliency={saliency!r} is not known; there are {', '.join(SALIENCIES)}")
     request, sizes, count = experts_to_keep(view, memory, experts)
+    none = {layer.index: torch.zeros(layer.num_experts) for layer in view.layers}
+    view.check(prune(view.layers, none, count, protect=protect), format)  # any experts: their number matters
+    kept = _statistics(view, calibration, stats, source) if stats is not None or keep_statistics else None
     method = SALIENCIES[saliency]
-    observers = [SlotStats()]
-    if method.observer is not SlotStats:
-        observers.append(method.observer())  # type: ignore[arg-type]
-    resumable = {} if work is None else {"work": work}
-    results = view.observe(calibration, observers, progress=progress, description="calibration", **resumable)
-    stats: SlotStatistics = results[0]
-    scores = random(stats, seed) if saliency == "random" else method.score(results[-1])
-    coverage = _coverage(stats)
+    found = dict(kept.found) if kept is not None else {}
+    wanted = {"slots": SlotStats, _kind(method.observer): method.observer}
+    missing = [kind for kind in wanted if kind not in found]
+    if missing:
+        resumable = {} if work is None else {"work": work}
+        observers = [wanted[kind]() for kind in missing]
+        results = view.observe(calibration, observers, progress=progress, description="calibration", **resumable)
+        found |= dict(zip(missing, results))
+    if kept is not None:
+        kept.found = {kind: result for kind, result in found.items() if kind in OBSERVERS}
+        if missing and stats is not None:
+            kept.save(stats)
+    seen: SlotStatistics = found["slots"]
+    scores = random(seen, seed) if saliency == "random" else method.score(found[_kind(method.observer)])
+    coverage = _coverage(seen)
+    recipe = prune(view.layers, scores, count, protect=protect)
+    (chosen,) = (operation.kept() for operation in recipe.operations)
     return Plan(
         request=request,
         saliency=saliency,
         seed=seed,
         sizes=sizes,
         count=count,
-        keep=keep_best(view.layers, scores, count, protect=protect),
+        keep={layer.index: chosen[layer.name] for layer in view.layers},
         scores=scores,
-        stats=stats,
+        stats=seen,
         coverage=coverage,
-        warnings=_warnings(coverage, stats, count),
+        warnings=_warnings(coverage, seen, count),
+        recipe=recipe,
+        statistics=kept,
+        observed=bool(missing),
     )
+
+
+def _kind(observer: Any) -> str:
+    """By what name statistics know what the observer sees; its own where they do not keep it."""
+    return next((kind for kind, known in OBSERVERS.items() if known is observer), f"{observer!r}")
+
+
+def _statistics(view: Any, calibration: TokenBatches, stats: Path | None, source: Path | None) -> Statistics:
+    """Those in `stats`, or none as yet. Raises ValueError where they are of another model or other data."""
+    origin = origin_of(view, calibration, source)
+    found = None if stats is None else Statistics.load(stats)
+    if found is None:
+        return Statistics(origin)
+    if difference := found.origin.difference(origin):
+        raise ValueError(f"the statistics in {stats} are {difference}; name another directory, or delete them")
+    return found
 
 
 def _coverage(stats: SlotStatistics) -> Coverage:

@@ -34,7 +34,8 @@ from moestro.data import Document, load_texts, split_heldout, tasks
 from moestro.models.lm import MoELMConfig, MoELMForCausalLM
 from moestro.train.packing import Rows, pack_documents
 from moestro.train.plan import Plan
-from moestro.view.layers import is_experts, load, load_tokenizer, num_experts_of
+from moestro.view.experts import is_experts, num_experts_of
+from moestro.view.layers import load, load_tokenizer
 
 TASKS = {name: getattr(tasks, name) for name in ("arithmetic", "sorting", "retrieval", "instructions")}
 UNUSED = {"decoder_sparse_step", "mlp_only_layers", "output_router_logits", "router_aux_loss_coef", "use_cache"}

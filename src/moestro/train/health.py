@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moestro.layers.routers.base import Router
 from moestro.routing import RoutingContext
 from moestro.train.processes import Processes
-from moestro.view.layers import is_experts, num_experts_of
+from moestro.view.experts import is_experts, num_experts_of
 
 
 @dataclass

@@ -12,7 +12,7 @@ import json
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch import nn
 
+from moestro.recipe import Notes
 from moestro.view.layers import MoELayer
 from moestro.view.surgery import EXPERT_COUNT, TOP_K, numbers
 
@@ -161,11 +162,11 @@ def write(
     directory: Path,
     *,
     tokenizer: Any = None,
-    original_experts: Mapping[int, Sequence[int]] | None = None,
+    notes: Notes | None = None,
 ) -> None:
     """Write a plain checkpoint into an existing directory; `config` comes from `plain_config`.
 
-    `original_experts` ({layer: the kept experts' former numbers}) goes to moestro.json beside it.
+    `notes`, what was done to the model, go to moestro.json beside it.
     """
     former = model.config
     try:
@@ -173,15 +174,14 @@ def write(
         model.save_pretrained(directory)
     finally:
         model.config = former
-    write_beside(directory, tokenizer, original_experts or {})
+    write_beside(directory, tokenizer, notes or Notes())
 
 
-def write_beside(directory: Path, tokenizer: Any, original_experts: Mapping[int, Sequence[int]]) -> None:
+def write_beside(directory: Path, tokenizer: Any, notes: Notes) -> None:
     """What belongs to a checkpoint beside the model: tokenizer and moestro.json."""
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    notes = {"original_experts": {str(i): list(ids) for i, ids in original_experts.items()}}
-    (directory / "moestro.json").write_text(json.dumps(notes, indent=1))
+    notes.write(directory)
 
 
 @contextmanager

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from moestro.view.edit import Edit
 from moestro.view.events import NEEDS, Batch, Observer, cached_tokens
+from moestro.view.experts import is_experts
 from moestro.view.head_taps import HeadTaps
 from moestro.view.heads import AnyObserver, HeadEdit
-from moestro.view.layers import LayerKey, MoELayer, is_experts
+from moestro.view.layers import LayerKey, MoELayer
+from moestro.view.obstacles import why_no_slots
 from moestro.view.recompute import EAGER, Repeats, counting_repeats, unwrap_checkpointing, wrap_checkpointing
 from moestro.view.residual import watch_norms
 from moestro.view.rules import silenced
@@ -143,12 +145,8 @@ class InForce:
         of_experts = tuple(o for o in observers if isinstance(o, Observer))
         if of_heads:
             self.heads.check_observers(of_heads)
-        closed = [layer for layer in layers.values() if not is_experts(layer.experts)] if needs & SLOT_NEEDS else []
-        if closed:
-            raise ValueError(
-                f"layer {closed[0].index}: its experts were replaced by {type(closed[0].experts).__name__}, which has "
-                "no slots; observers that need norms, maxima or outputs cannot run"
-            )
+        if needs & SLOT_NEEDS:
+            _check_slots(layers)
         seen = Observation(layers, of_experts, of_heads, needs, given_only)
         self.know(layers)
         with ExitStack() as undo:
@@ -291,3 +289,19 @@ class InForce:
         if cache is not None and batch.real is not None:
             self._columns[cache] = batch.real
         return replace(batch, copies=copies)
+
+
+def _check_slots(layers: Mapping[LayerKey, MoELayer]) -> None:
+    """Raise ValueError where the slots of a layer's experts cannot be seen."""
+    for key, layer in layers.items():
+        name = type(layer.experts).__name__
+        if not is_experts(layer.experts):
+            raise ValueError(
+                f"layer {key}: its experts were replaced by {name}, which has no slots; observers that need norms, "
+                "maxima or outputs cannot run"
+            )
+        if why := why_no_slots(layer.experts):
+            raise ValueError(
+                f"layer {key}: {why}; observers that need norms, maxima or outputs cannot run there, those that need "
+                "the routing alone can"
+            )

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from moestro.layers.routers.base import Router
 from moestro.routing import RoutingRule
+from moestro.view.experts import is_experts, num_experts_of
+from moestro.view.obstacles import check_no_adapter_on_experts, offloaded, why_no_experts
 from moestro.view.rules import RouterCall, derive_rule
 
 LayerKey = int | str
@@ -84,7 +86,7 @@ class MoELayer:
 
     @property
     def num_experts(self) -> int:
-        return num_experts_of(self.experts) if _stacked(self.experts) else self.routed
+        return num_experts_of(self.experts) if is_experts(self.experts) else self.routed
 
     @property
     def top_k(self) -> int:
@@ -95,19 +97,6 @@ class MoELayer:
     def __str__(self) -> str:
         rule = self.rule.describe() if self.rule else self.no_rule
         return f"layer {self.index} ({self.name}): {self.num_experts} experts, {rule}"
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether the module's forward dispatches through transformers' ExpertsInterface, or keeps its contract."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate") and bool(_stacked(module))
-
-
-def _stacked(module: nn.Module) -> list[Tensor]:
-    return [p for p in module.parameters(recurse=False) if p.dim() == 3]
-
-
-def num_experts_of(experts: nn.Module) -> int:
-    return _stacked(experts)[0].shape[0]
 
 
 ALL = "all"
@@ -121,7 +110,7 @@ def find_layers(model: nn.Module, part: str | None = None) -> list[MoELayer]:
     """
     stacks = _stacks(model)
     if not stacks:
-        raise ValueError(_nothing_found(model))
+        raise ValueError(why_no_experts(model))
     if part == ALL:
         chosen = [*stacks]
     else:
@@ -149,6 +138,7 @@ def find_layers(model: nn.Module, part: str | None = None) -> list[MoELayer]:
 def _stacks(model: nn.Module) -> dict[str, list[tuple[str, str, int]]]:
     """{name of a stack of experts: (block, experts attribute, number of the decoder layer) of each layer}"""
     stacks: dict[str, list[tuple[str, str, int]]] = {}
+    check_no_adapter_on_experts(model, [(n, m) for n, m in model.named_modules() if is_experts(m)])
     seen: set[tuple[nn.Module, int]] = set()
     # layers may share one module: it then has several names
     for name, module in model.named_modules(remove_duplicate=False):
@@ -193,7 +183,11 @@ def _attach(model: nn.Module, block_name: str, experts_name: str, index: int, li
         if isinstance(child, Router) and child.rule is None:
             known.no_rule = child.no_rule
         elif any(p.is_meta for p in child.parameters()):
-            attempts.append(f"{name}: its weights are on the meta device; load them, or open with stream=True")
+            why = offloaded(child) or "not loaded"
+            attempts.append(
+                f"{name}: its weights are on the meta device, {why}; load the model whole, or open its directory with "
+                "stream=True"
+            )
             continue
         else:
             try:
@@ -227,23 +221,6 @@ def _could_route(module: nn.Module, num_experts: int) -> bool:
     if isinstance(module, Router):
         return True
     return any(p.dim() >= 1 and num_experts <= p.shape[0] <= num_experts + 8 for p in module.parameters())
-
-
-def _nothing_found(model: nn.Module) -> str:
-    custom = type(model).__module__.startswith("transformers_modules")
-    lists = [
-        n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.endswith("experts") and len(m) > 1
-    ]
-    if custom or lists:
-        where = f" (it keeps its experts in {lists[0]})" if lists else ""
-        return (
-            f"{type(model).__name__} does not use transformers' experts interface{where}, so its experts cannot be "
-            "reached; load the same checkpoint with the family's class in transformers (trust_remote_code=False)"
-        )
-    closed = next(((n, m.no_triple) for n, m in model.named_modules() if hasattr(m, "no_triple")), None)
-    if closed:
-        return f"{type(model).__name__} cannot be opened: {closed[0]} {closed[1]}"
-    return f"{type(model).__name__} is a dense model: it has no experts to open (experts=False opens its heads)"
 
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")

@@ -355,6 +355,10 @@ class RoutingTrace:
         self._parts = 0
         self._pending: dict[tuple[int, int], _Rows] = {}
 
+    def key(self) -> Any:
+        """What it is asked for: not where it writes, which goes on where it was begun."""
+        return self.logits, self.rows_per_file
+
     def update(self, event: MoEEvent) -> None:
         routing = event.routing
         shape = (routing.indices.shape[1], routing.logits.shape[1])
@@ -416,6 +420,10 @@ class LayerOutputs:
         self.layers, self.max_tokens = layers, max_tokens
         self._kept: dict[int, list[tuple[Tensor, Tokens]]] = {}
         self._count: dict[int, int] = {}
+
+    def key(self) -> Any:
+        """What it is asked for."""
+        return None if self.layers is None else sorted(self.layers), self.max_tokens
 
     def update(self, event: MoEEvent) -> None:
         if self.layers is not None and event.layer not in self.layers:

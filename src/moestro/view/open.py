@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
+import moestro.recipe as recipes
 import moestro.view.checkpoint as checkpoint
+import moestro.view.operations as operations
 import moestro.view.surgery as surgery
 from moestro.bundled import bundled_path
+from moestro.recipe import Notes, Recipe
 from moestro.view.edit import Edit
 from moestro.view.events import Batch
 from moestro.view.heads import AnyObserver, HeadEdit, HeadLayer
@@ -21,6 +23,8 @@ from moestro.view.in_force import InForce
 from moestro.view.layers import LayerKey, MoELayer, decoder_of, find_layers, load, stack_of
 from moestro.view.lm_logits import logits_observers
 from moestro.view.observe import as_batch, observe
+from moestro.view.obstacles import check_no_adapters
+from moestro.view.router_axes import warn_of_rows
 from moestro.view.situation import find_layer
 from moestro.view.state import ModelState, state_of
 from moestro.view.taps import taps_of
@@ -141,11 +145,9 @@ class ExpertView(HeadView):
         prefix = next(n for n, m in model.named_modules() if m is self.stack)
         for layer in layers:
             layer.path = layer.name.removeprefix(f"{prefix}." if prefix else "")
-        self.original_ids: dict[int, list[int]] = {layer.index: list(range(layer.num_experts)) for layer in self.layers}
-        """{layer: for each present expert, its number when the model was opened}"""
         self.load_seconds: float | None = None
         """What loading the model took; None for a model that came from memory."""
-        self._stated = self.layers[0].num_experts
+        warn_of_rows(self.layers)
 
     def __repr__(self) -> str:
         return "\n".join([f"ExpertView of {type(self.model).__name__}:", *(f"  {layer}" for layer in self.layers)])
@@ -154,31 +156,53 @@ class ExpertView(HeadView):
         """The MoE layer in decoder layer `key`, or of that name. Raises ValueError where there is none, or several."""
         return find_layer(self.by_key, key)
 
+    @property
+    def original_ids(self) -> dict[LayerKey, list[int]]:
+        """{layer: for each present expert, its number in the first model of the lineage: before all cuts}"""
+        ids = operations.original_ids(self)
+        return {key: ids[layer.name] for key, layer in self.by_key.items()}
+
     # Surgery: the weights change
 
-    @surgery.uninterrupted()
-    def keep_experts(self, keep: surgery.Keep) -> None:
-        """Drop all experts but {layer: [ids]}. See `surgery.keep_experts`."""
-        self._check_idle()
-        surgery.check_unshared(self.model, self.layers)
-        surgery.keep_experts(self.layers, keep)
-        for index, ids in keep.items():
-            self.original_ids[index] = [self.original_ids[index][e] for e in ids]
-        self._state_counts()
+    def check(self, recipe: Recipe, format: str | None = "hf") -> None:
+        """Refuse what cannot be done before any work: nothing is changed, observed or written.
+
+        Everything that surgery and `save` would say is asked, on a copy of the model without weights. `format`: of the
+        checkpoint that is to be saved; None where the model stays in memory.
+
+        Raises ValueError: the recipe was made on a model that is not alike, an operation cannot be done (unknown or
+        too few experts, grouped routers, layers that look experts up by token id, shared, adapted, packed or offloaded
+        tensors), or the format cannot hold the result.
+        """
+        operations.check(self, recipe, format)
 
     @surgery.uninterrupted()
+    def apply(self, recipe: Recipe) -> None:
+        """Do what the recipe says for good, all of it or nothing.
+
+        Raises ValueError as `check` does; RuntimeError while edits or observations are under way, or where a cut
+        router does not give the logits that it should.
+        """
+        with self.state.lock:
+            self._check_idle()
+            operations.apply(self, recipe)
+
+    def bytes_after(self, recipe: Recipe) -> int:
+        """Size of the weights in the checkpoint that `save` would write after the recipe. Raises ValueError for layers
+        that the model does not have."""
+        return operations.bytes_after(self, recipe)
+
+    def keep_experts(self, keep: surgery.Keep) -> None:
+        """Drop all experts but {layer: [ids]}. See `surgery.keep_experts`."""
+        self.apply(Recipe((recipes.keep(keep),)))
+
     def merge_experts(
         self,
-        clusters: Mapping[int, Sequence[Sequence[int]]],
-        weights: Mapping[int, Float[Tensor, " e"]] | None = None,
+        clusters: Mapping[Any, Any],
+        weights: Mapping[Any, Any] | None = None,
     ) -> None:
         """Make each cluster of experts one: {layer: [[ids], ...]}. See `surgery.merge_experts`."""
-        self._check_idle()
-        surgery.check_unshared(self.model, self.layers)
-        surgery.merge_experts(self.layers, clusters, weights)
-        for index, groups in clusters.items():
-            self.original_ids[index] = [self.original_ids[index][min(group)] for group in groups]
-        self._state_counts()
+        self.apply(Recipe((recipes.merge(clusters, weights),)))
 
     def replace_experts(self, layer: int, module: nn.Module) -> None:
         """Put another module in the place of a layer's experts. See `surgery.replace_experts`."""
@@ -187,25 +211,11 @@ class ExpertView(HeadView):
 
     def set_top_k(self, top_k: int) -> None:
         """Let every token use `top_k` experts in all layers. See `surgery.set_top_k`."""
-        self._check_idle()
-        surgery.set_top_k(self.layers, self._holders(), top_k)
+        self.apply(Recipe((recipes.set_top_k(top_k),)))
 
     def _check_idle(self) -> None:
         if self._force.active:
             raise RuntimeError("weights cannot be changed while they are in use: end the edits and observations first")
-
-    def _holders(self) -> list[Any]:
-        """Configs and models that state numbers of experts for all layers."""
-        holders = [self.model, self.stack, self.stack.config, *(layer.experts.config for layer in self.layers)]
-        return list({id(h): h for h in holders}.values())
-
-    def _state_counts(self) -> None:
-        """Bring configs and models in line with the layers, where all layers agree."""
-        counts = {layer.num_experts for layer in self.layers}
-        if len(counts) == 1:
-            (count,) = counts
-            surgery.set_expert_count(self._holders(), self._stated, count)
-            self._stated = count
 
     @property
     def num_bytes(self) -> int:
@@ -220,9 +230,10 @@ class ExpertView(HeadView):
             FileExistsError: the directory is there and `overwrite` is off.
             OSError: the disk cannot hold it. Nothing is left behind.
         """
+        check_no_adapters(self.model)
         config = checkpoint.plain_config(self.model, self.stack, self.layers)
         with checkpoint.complete_directory(path, overwrite=overwrite, size=self.num_bytes) as half:
-            checkpoint.write(self.model, config, half, tokenizer=self.tokenizer, original_experts=self.original_ids)
+            checkpoint.write(self.model, config, half, tokenizer=self.tokenizer, notes=operations.notes(self))
         return Path(path)
 
 
@@ -249,6 +260,7 @@ def open(
     """
     if isinstance(model, str | Path) and not Path(model).exists():
         model = bundled_path(str(model)) or model
+    path = Path(model) if isinstance(model, str | Path) else None
     if stream:
         from moestro.view.stream import StreamView
 
@@ -266,4 +278,6 @@ def open(
         return HeadView(model, tokenizer)
     view = ExpertView(model, tokenizer, part=part)
     view.load_seconds = seconds
+    if path is not None and path.is_dir():
+        operations.remember(view, Notes.read(path))
     return view

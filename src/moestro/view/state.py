@@ -49,16 +49,19 @@ class ModelState:
         """Held while anything of this, or the weights, is changed."""
         self.source: Path | None = None
         """The checkpoint directory that the model was loaded from; None where it came from memory or the hub."""
-        self.lineage: list[dict[str, Any]] = []
-        """The recipes, as plain data, that had made the checkpoint before it was loaded: oldest first."""
+        self.lineage: list[Any] = []
+        """The recipes (see `moestro.recipe`) that had made the checkpoint before it was loaded: oldest first."""
         self.recipe: list[Any] = []
         """The operations done to the model since it was loaded, in order."""
         self.original_ids: dict[str, list[int]] = {}
-        """{name of the MoE block: for each present expert, its number in the first model of the lineage}"""
+        """{name of the MoE block within the stack: for each present expert, its number in the first model of the
+        lineage}; a block that is not in it has all of its experts."""
+        self.made_on: Any = None
+        """What `recipe` was begun on (see `moestro.recipe.MadeOn`); None where nothing has been done."""
+        self.stated: dict[str, int] = {}
+        """{name of a stack's first MoE block: the number of experts that the config states for that stack}"""
         self.taps: Any = None
         """The hooks that serve edits and observers (see `taps`); made when first needed."""
-        self.layers: dict[str, Any] = {}
-        """The MoE layers that views have found, by name: all views hold the same objects."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
         if self.taps is not None:
@@ -68,7 +71,7 @@ class ModelState:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("source", "lineage", "recipe", "original_ids")
+        kept = ("source", "lineage", "recipe", "original_ids", "made_on", "stated")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:

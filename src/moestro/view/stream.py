@@ -9,25 +9,24 @@ loaded, cut as planned, converted to the checkpoint's own form and written.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import moestro.view.checkpoint as checkpoint
-import moestro.view.surgery as surgery
+import moestro.view.operations as operations
+from moestro.recipe import Notes
+from moestro.view.fingerprint import digest_of_data, observer_key
 from moestro.view.heads import AnyObserver
 from moestro.view.in_force import HEAD_NEEDS
-from moestro.view.layers import MoELayer, load_tokenizer
+from moestro.view.layers import load_tokenizer
 from moestro.view.lm_logits import hand_logits, language_model, logits_observers
 from moestro.view.observe import _merged, _rank_and_world, as_batch, progress_bar
 from moestro.view.open import ExpertView
@@ -40,8 +39,8 @@ HIDDEN_BYTES = 2**30
 
 
 class StreamView(ExpertView):
-    """An ExpertView whose weights stay on disk. `observe`, `keep_experts`, `merge_experts`, `set_top_k` and `save` work
-    as in memory; `view.model` holds no weights but the routers', so it cannot be called itself.
+    """An ExpertView whose weights stay on disk. `observe`, surgery by recipes or methods, and `save` work as in memory;
+    `view.model` holds no weights but the routers', so it cannot be called itself.
 
     `path`: a checkpoint directory in a plain (not quantised) type. `dtype`, `attn_implementation` and
     `experts_implementation` as for `from_pretrained`; `device`: where layers are computed, one at a time.
@@ -82,8 +81,8 @@ class StreamView(ExpertView):
             super().__init__(model, tokenizer if tokenizer is not None else load_tokenizer(self.path), part=part)
         self._list_name = list_of(self.layers)
         self._decoder = list(model.get_submodule(self._list_name))
-        self._plan: dict[int, list[Callable[[list[MoELayer]], None]]] = {layer.index: [] for layer in self.layers}
         self._as_opened = [State(module, self._holders_in(i)) for i, module in enumerate(self._decoder)]
+        operations.remember(self, Notes.read(self.path))
 
     @property
     def original_bytes(self) -> int:
@@ -101,28 +100,7 @@ class StreamView(ExpertView):
         state = self.model.state_dict()
         return sum(state[name].nbytes for name in self._weights.saved_names())
 
-    # Surgery: at once on the skeleton, which checks it; on the weights whenever a layer is loaded
-
-    @surgery.uninterrupted()
-    def keep_experts(self, keep: surgery.Keep) -> None:
-        """Plan to drop all experts but {layer: [ids]}; checked at once. See `surgery.keep_experts`."""
-        super().keep_experts(keep)
-        for index, ids in keep.items():
-            self._plan[index].append(partial(surgery.keep_experts, keep={index: list(ids)}))
-
-    @surgery.uninterrupted()
-    def merge_experts(
-        self,
-        clusters: Mapping[int, Sequence[Sequence[int]]],
-        weights: Mapping[int, Float[Tensor, " e"]] | None = None,
-    ) -> None:
-        """Plan to make each cluster of experts one: {layer: [[ids], ...]}. See `surgery.merge_experts`."""
-        super().merge_experts(clusters, weights)
-        for index, groups in clusters.items():
-            share = None if weights is None else {index: weights[index].clone()}
-            self._plan[index].append(
-                partial(surgery.merge_experts, clusters={index: [[*g] for g in groups]}, weights=share)
-            )
+    # Surgery: `apply` changes the skeleton, which checks it; the weights follow whenever a layer is loaded (`_loaded`)
 
     def replace_experts(self, layer: int, module: nn.Module) -> None:
         raise ValueError("a streamed model's experts cannot be replaced by a module: open it with stream=False")
@@ -248,23 +226,13 @@ class StreamView(ExpertView):
         """What an interrupted observation must have in common with the one that goes on."""
         if self._force.edited:
             raise ValueError("an observation under edits cannot be resumed; leave out work=")
-        digest = hashlib.sha256()
-        samples = 0
-        for number in range(len(batches)):
-            batch, inputs = as_batch(batches[number], samples)
-            samples += batch.shape[0]
-            tokens = batch.tokens
-            for tensor in (inputs["input_ids"], tokens.id, tokens.sample, tokens.position, tokens.domain):
-                digest.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().cpu().numpy().tobytes())
-            digest.update(repr(tokens.domains).encode())
         files = [self.path / "config.json", *self._weights.files]
         return {
             "checkpoint": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-            "experts kept": {str(i): ids for i, ids in self.original_ids.items()},
-            "top_k": [layer.top_k for layer in self.layers],
+            "recipe": [{"kind": op.kind, **op.to_data()} for op in self.state.recipe],
             "dtype": str(self.model.dtype),
-            "data": digest.hexdigest(),
-            "observers": [f"{type(o).__module__}.{type(o).__qualname__}" for o in observers],
+            "data": digest_of_data(batches),
+            "observers": [observer_key(observer) for observer in observers],
         }
 
     # Load one part at a time
@@ -286,8 +254,7 @@ class StreamView(ExpertView):
             if ahead is not None:
                 ahead.wait(groups)
             self._weights.load(groups)
-            for change in self._plan.get(index, []):
-                change([layer for layer in self.layers if layer.index == index])
+            operations.redo([layer for layer in self.layers if layer.index == index], self.state.recipe)
             yield module
         finally:
             planned.restore()
@@ -350,7 +317,7 @@ class StreamView(ExpertView):
             config.save_pretrained(half)
             if self.model.can_generate():
                 self.model.generation_config.save_pretrained(half)
-            checkpoint.write_beside(half, self.tokenizer, self.original_ids)
+            checkpoint.write_beside(half, self.tokenizer, operations.notes(self))
             writer = Writer(half, layout, shard_bytes=shard_bytes)
             try:
                 with progress_bar() as bar, Ahead(self._weights) as ahead:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 import moestro.view.surgery as surgery
-from moestro.view.layers import MoELayer, _could_route, is_experts
+from moestro.view.experts import is_experts, num_experts_of
+from moestro.view.layers import MoELayer, _could_route
 from moestro.view.rules import named_tensors
 from moestro.view.stream_weights import Group, Weights
 
@@ -39,7 +40,7 @@ def router_names(model: nn.Module) -> list[str]:
         if is_experts(module):
             block_name, _, own = name.rpartition(".")
             block = model.get_submodule(block_name)
-            count = next(p for p in module.parameters(recurse=False) if p.dim() == 3).shape[0]
+            count = num_experts_of(module)
             for child_name, child in block.named_children():
                 if child_name != own and _could_route(child, count):
                     names.append(f"{block_name}.{child_name}.")

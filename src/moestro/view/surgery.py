@@ -1,8 +1,10 @@
 """Change the experts of a model for good: keep, merge or replace them, or use fewer per token.
 
-Which tensors carry one entry per expert is read off their shapes, and every cut of a router is verified: on random
-hidden states the new logits must be the old ones of the experts that stayed. Requests that cannot work are refused
-before anything is changed. Shapes: E experts, H hidden.
+What the experts hold is theirs to cut (`moestro.view.experts`); which tensors of a router carry one entry per expert is
+read off their shapes, and where a shape could mean two things, off what they do. Every cut of a router is verified: on
+random hidden states the new logits must be the old ones of the experts that stayed. Requests that cannot work are
+refused before anything is changed, and a cut that fails on the way leaves the model as it was. Shapes: E experts, H
+hidden.
 """
 
 from __future__ import annotations
@@ -10,8 +12,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,11 +22,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moestro.view.layers import MoELayer, is_experts
-from moestro.view.rules import RouterCall, derive_rule, named_tensors
+import moestro.recipe as recipes
+from moestro.view.experts import PerExpert, Undo, average, experts_of, is_experts, offers_contract, undo_all
+from moestro.view.layers import MoELayer
+from moestro.view.router_axes import router_tensors
+from moestro.view.rules import RouterCall, derive_rule
 
-Keep = Mapping[int, Sequence[int]]
-"""{decoder layer number: experts to keep}"""
+Keep = Mapping[Any, Any]
+"""{name of the MoE block, or number of its decoder layer: experts to keep}"""
+
+UNDO_BYTES = 2**30
+"""A cut keeps the old experts to go back to up to this size: holding both can take twice the model's memory. Of larger
+ones every tensor is tried out before the first is cut."""
 
 EXPERT_COUNT = re.compile(r"^(?!.*(shared|per_tok|top|group|size|dim|layer)).*(experts|router_classes)$")
 TOP_K = re.compile(r"^(?!.*(group|index)).*(top_?k|per_tok(en)?|moe_k)(_experts)?$")
@@ -48,6 +56,34 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+def resolve(layers: Sequence[MoELayer], name: str) -> MoELayer:
+    """The layer of that name: the MoE block's, whole or without what it lies in, or the decoder layer's number.
+
+    Raises ValueError where none has it, or several.
+    """
+    if name.isdecimal():
+        found = [layer for layer in layers if layer.index == int(name)]
+        if not found:
+            raise ValueError(f"decoder layer {name} has no experts; MoE layers are {[layer.index for layer in layers]}")
+    else:
+        found = [layer for layer in layers if layer.name == name]
+        found = found or [x for x in layers if x.name.endswith(f".{name}") or name.endswith(f".{x.name}")]
+    if len(found) != 1:
+        names = ", ".join(layer.name for layer in found or layers)
+        raise ValueError(f"{name!r} names {len(found)} of the layers with experts; write one of: {names}")
+    return found[0]
+
+
+def by_name(layers: Sequence[MoELayer], recipe: recipes.Recipe) -> recipes.Recipe:
+    """The recipe with every layer by its block's name. Raises ValueError as `resolve`."""
+    return recipe.on(lambda name: resolve(layers, name).name)
+
+
+def _chosen(layers: Sequence[MoELayer], operation: Any) -> Any:
+    """The operation with layers by name, all of which are there."""
+    return by_name(layers, recipes.Recipe((operation,))).operations[0]
+
+
 @uninterrupted()
 def keep_experts(layers: Sequence[MoELayer], keep: Keep) -> None:
     """Drop all experts but those named; layers that are not named stay as they are. In the order of the ids given.
@@ -56,11 +92,11 @@ def keep_experts(layers: Sequence[MoELayer], keep: Keep) -> None:
         ValueError: unknown layers or experts, fewer than top_k left, unequal numbers per group, or a router that
             looks experts up by token id. Nothing has been changed then.
     """
-    chosen = [(layer, list(keep[layer.index])) for layer in layers if layer.index in keep]
-    _check_layers(layers, keep)
+    experts = _chosen(layers, recipes.keep(keep)).experts
+    chosen = [(layer, experts[layer.name]) for layer in layers if layer.name in experts]
     for layer, ids in chosen:
         check_keep(layer, ids)
-    _cut([(layer, ids) for layer, ids in chosen if ids != list(range(layer.num_experts))])
+    _cut([(layer, ids) for layer, ids in chosen if ids != list(range(layer.num_experts))], [])
 
 
 def check_own(layers: Sequence[MoELayer]) -> None:
@@ -96,11 +132,10 @@ def check_keep(layer: MoELayer, ids: Sequence[int]) -> None:
         raise ValueError(f"{where}: experts cannot be removed ({layer.no_rule})")
     if not is_experts(layer.experts):
         raise ValueError(f"{where}: its experts were replaced by {type(layer.experts).__name__}, which holds none")
+    ids = recipes.plain_ids(ids, where)
     wrong = [e for e in ids if not 0 <= e < count]
     if wrong:
         raise ValueError(f"{where} has experts 0..{count - 1}; there is no expert {wrong[0]}")
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"{where}: expert {Counter(ids).most_common(1)[0][0]} is named twice")
     if len(ids) < layer.top_k:
         raise ValueError(
             f"keep={len(ids)} experts cannot serve top_k={layer.top_k} in {where}; keep at least {layer.top_k} "
@@ -122,37 +157,53 @@ def check_keep(layer: MoELayer, ids: Sequence[int]) -> None:
 @uninterrupted()
 def merge_experts(
     layers: Sequence[MoELayer],
-    clusters: Mapping[int, Sequence[Sequence[int]]],
-    weights: Mapping[int, Float[Tensor, " e"]] | None = None,
+    clusters: Mapping[Any, Any],
+    weights: Mapping[Any, Any] | None = None,
 ) -> None:
     """Make each cluster one expert: the weighted mean of its members' tensors, router rows included.
 
     `clusters`: {layer: [[ids], ...]}, a new expert each; experts in none are dropped. `weights`: {layer: one
     non-negative number per old expert}, scaled to sum 1 in each cluster; equal where not given.
     """
-    _check_layers(layers, clusters)
-    chosen = [(layer, clusters[layer.index]) for layer in layers if layer.index in clusters]
+    asked = _chosen(layers, recipes.merge(clusters))
+    given = None
+    if weights is not None:
+        given = {resolve(layers, str(name)).name: weight for name, weight in weights.items()}
+    chosen = [(layer, asked.clusters[layer.name]) for layer in layers if layer.name in asked.clusters]
     for layer, groups in chosen:
         members = [e for group in groups for e in group]
-        if not all(groups):
-            raise ValueError(f"layer {layer.index}: an empty cluster")
-        if len(set(members)) != len(members):
-            raise ValueError(f"layer {layer.index}: expert {Counter(members).most_common(1)[0][0]} is in two clusters")
         check_keep(layer, [e for e in members if not 0 <= e < layer.num_experts] or [min(g) for g in groups])
-        if weights is not None:
-            _check_weights(layer, groups, weights.get(layer.index))
-    for layer, groups in chosen:
-        if any(len(group) > 1 for group in groups):
-            share = torch.ones(layer.num_experts) if weights is None else weights[layer.index].float()
-            for _, owner, attr, dim in per_expert_tensors(layer):
-                _average(getattr(owner, attr).data, groups, share, dim)
-    _cut([(layer, [min(group) for group in groups]) for layer, groups in chosen], verify=False)
+        if given is not None:
+            _check_weights(layer, groups, given.get(layer.name))
+    done: list[Undo] = []
+    try:
+        for layer, groups in chosen:
+            if any(len(group) > 1 for group in groups):
+                share = torch.ones(layer.num_experts) if given is None else torch.as_tensor(given[layer.name]).float()
+                done.append(_mergeable(layer).average(groups, share))
+                for part in router_tensors(layer):
+                    done.append(average(part.tensor.data, groups, share, part.axis))
+        _cut([(layer, [min(group) for group in groups]) for layer, groups in chosen], done, verify=False)
+    except BaseException:
+        undo_all(done)
+        raise
 
 
-def _check_weights(layer: MoELayer, groups: Sequence[Sequence[int]], weights: Tensor | None) -> None:
+def _mergeable(layer: MoELayer) -> Any:
+    experts = experts_of(layer.experts)
+    if not hasattr(experts, "average"):
+        raise ValueError(
+            f"layer {layer.index}: {type(layer.experts).__name__} offers no average(groups, share), so its experts "
+            "cannot be merged"
+        )
+    return experts
+
+
+def _check_weights(layer: MoELayer, groups: Sequence[Sequence[int]], weights: Any) -> None:
     where = f"merge weights of layer {layer.index}"
     if weights is None:
         raise ValueError(f"no {where}; give one number per expert for every layer that is merged")
+    weights = torch.as_tensor(weights)
     if weights.shape != (layer.num_experts,):
         raise ValueError(
             f"{where} have shape {tuple(weights.shape)}; give one number for each of its {layer.num_experts} experts"
@@ -163,16 +214,6 @@ def _check_weights(layer: MoELayer, groups: Sequence[Sequence[int]], weights: Te
             raise ValueError(
                 f"{where} are {share.tolist()} for experts {list(group)}; give non-negative numbers, not all zero"
             )
-
-
-def _average(tensor: Tensor, groups: Sequence[Sequence[int]], share: Tensor, dim: int) -> None:
-    """Write each cluster's mean into the place of its first expert, in fp32, one cluster in memory at a time."""
-    rows = tensor.movedim(dim, 0)
-    for group in groups:
-        if len(group) > 1:
-            part = (share[list(group)] / share[list(group)].sum().clamp_min(1e-12)).to(rows.device)
-            mean = torch.tensordot(part, rows[list(group)].float(), dims=1)
-            rows[min(group)] = mean.to(rows.dtype)
 
 
 def replace_experts(layer: MoELayer, module: nn.Module) -> None:
@@ -203,6 +244,7 @@ def set_top_k(layers: Sequence[MoELayer], holders: Iterable[Any], top_k: int) ->
 
     Raises ValueError where a layer has fewer experts, or a router does not follow. Nothing has been changed then.
     """
+    top_k = recipes.set_top_k(top_k).top_k
     for layer in layers:
         if layer.rule is None:
             raise ValueError(f"layer {layer.index}: top_k is fixed ({layer.no_rule})")
@@ -262,70 +304,62 @@ def numbers(holder: Any, name: re.Pattern[str]) -> list[tuple[str, int]]:
     return [(n, v) for n, v in list(vars(holder).items()) if type(v) is int and name.search(n)]
 
 
-def _check_layers(layers: Sequence[MoELayer], wanted: Mapping[int, Any]) -> None:
-    known = [layer.index for layer in layers]
-    unknown = sorted(set(wanted) - set(known))
-    if unknown:
-        raise ValueError(f"decoder layer {unknown[0]} has no experts; MoE layers are {known}")
-
-
-def per_expert_tensors(layer: MoELayer) -> list[tuple[str, nn.Module, str, int]]:
-    """Every tensor with one entry per expert: (place, owner, attribute, dimension); place: experts, router or block."""
-    assert layer.rule is not None
-    sizes = {layer.num_experts, layer.num_experts + layer.rule.null_experts}
-    found = []
-    for place, module, recurse in (
-        ("experts", layer.experts, True),
-        ("router", layer.router, True),
-        ("block", layer.block, False),
-    ):
-        for _, owner, attr in named_tensors(module, recurse):
-            tensor = getattr(owner, attr)
-            if getattr(owner, "holds_no_experts", False):
-                continue  # a layer of a native router whose size may happen to be the number of experts
-            if tensor.dim() and tensor.shape[0] in sizes:
-                found.append((place, owner, attr, 0))
-            elif tensor.dim() > 1 and tensor.shape[-1] in sizes and tensor.numel() in sizes:
-                found.append((place, owner, attr, tensor.dim() - 1))
-    return found
-
-
-def _cut(chosen: Sequence[tuple[MoELayer, Sequence[int]]], verify: bool = True) -> None:
-    """Slice everything per expert down to the ids; all routers first, so that a failure leaves the model whole."""
-    places = [per_expert_tensors(layer) for layer, _ in chosen]
-    undo: list[Callable[[], None]] = []
+def _cut(chosen: Sequence[tuple[MoELayer, Sequence[int]]], done: list[Undo], verify: bool = True) -> None:
+    """Slice everything per expert down to the ids, all routers first; on a failure all is put back, `done` included."""
+    stacks = [experts_of(layer.experts) for layer, _ in chosen]
+    routers = [router_tensors(layer) for layer, _ in chosen]
+    for experts, (layer, _) in zip(stacks, chosen):
+        if hasattr(experts, "per_expert"):
+            for part in experts.per_expert():
+                _try_out(layer, part)
+    begun = False
+    undoable = sum(experts.nbytes() for experts in stacks) <= UNDO_BYTES
     try:
-        for (layer, ids), tensors in zip(chosen, places):
-            _cut_router(layer, ids, tensors, undo, verify)
-    except BaseException:
-        for restore in reversed(undo):
-            restore()
+        for (layer, ids), tensors in zip(chosen, routers):
+            _cut_router(layer, ids, tensors, done, verify)
+        for experts, (_, ids) in zip(stacks, chosen):
+            restore = experts.slice(ids)
+            begun = True
+            if undoable:
+                done.append(restore)
+            del restore
+    except BaseException as e:
+        if begun and not undoable:
+            raise RuntimeError("some layers are cut and some are not: load the model anew") from e
+        undo_all(done)
+        done.clear()
         raise
-    for (_, ids), tensors in zip(chosen, places):
-        for place, owner, attr, dim in tensors:
-            if place == "experts":
-                _slice(owner, attr, ids, dim)
+
+
+def _try_out(layer: MoELayer, part: PerExpert) -> None:
+    """Raise ValueError where the tensor cannot be sliced, whatever it is made of."""
+    tensor = part.tensor
+    try:
+        tensor.data.index_select(part.axis, torch.zeros(1, dtype=torch.long, device=tensor.device))
+    except Exception as e:  # every tensor type has its own way of saying so
+        reason = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
+        raise ValueError(
+            f"layer {layer.index}: {part.name} is a {type(tensor.data).__name__}, which cannot be cut ({reason}); "
+            "nothing was changed"
+        ) from e
 
 
 def _cut_router(
-    layer: MoELayer,
-    ids: Sequence[int],
-    tensors: Sequence[tuple[str, nn.Module, str, int]],
-    undo: list[Callable[[], None]],
-    verify: bool,
+    layer: MoELayer, ids: Sequence[int], tensors: Sequence[PerExpert], done: list[Undo], verify: bool
 ) -> None:
-    """Slice what the router and the block hold per expert, and verify the logits; `undo` grows as things change."""
+    """Slice what the router and the block hold per expert, and verify the logits; `done` grows as things change."""
     assert layer.rule is not None
     count, null = layer.num_experts, layer.rule.null_experts
     call = RouterCall(layer.block, layer.router)
     hidden = call.hidden(3)
     with_null = [*ids, *range(count, count + null)]
     expected = call(hidden).logits[:, with_null]
-    for place, owner, attr, dim in tensors:
-        if place != "experts":
-            undo.append(_slice(owner, attr, ids if getattr(owner, attr).shape[dim] == count else with_null, dim))
-    holders = (layer.router, layer.block, layer.experts)
-    undo += [partial(setattr, h, n, v) for h in holders for n, v in numbers(h, EXPERT_COUNT)]
+    for part in tensors:
+        done.append(part.slice(ids if part.tensor.shape[part.axis] == count else with_null))
+    holders = [layer.router, layer.block]
+    if not offers_contract(layer.experts):  # else it counts for itself
+        holders.append(layer.experts)
+    done += [partial(setattr, h, n, v) for h in holders for n, v in numbers(h, EXPERT_COUNT)]
     set_expert_count(holders, count, len(ids))
     if null:
         set_expert_count(holders, count + null, len(with_null))
@@ -339,24 +373,15 @@ def _cut_router(
         )
 
 
-def _slice(owner: nn.Module, attr: str, ids: Sequence[int], dim: int) -> Callable[[], None]:
-    """Cut one tensor in its owner; returns what puts the old one back."""
-    old = getattr(owner, attr)
-    new = old.data.index_select(dim, torch.tensor(ids, device=old.device))
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-    setattr(owner, attr, new)
-    return partial(setattr, owner, attr, old)
-
-
 def pad_to_uniform(
-    layers: Sequence[MoELayer], keep: Keep, scores: Mapping[int, Float[Tensor, " e"]]
+    layers: Sequence[MoELayer], keep: Mapping[int, Sequence[int]], scores: Mapping[int, Float[Tensor, " e"]]
 ) -> dict[int, list[int]]:
     """Fill every layer (of a grouped router: every group) up to the largest number kept, with its next best by score.
 
     For families whose checkpoints store one number of experts for all layers.
     """
-    _check_layers(layers, keep)
+    for index in keep:
+        resolve(layers, str(index))
     chosen = [layer for layer in layers if layer.index in keep]
     groups = max(layer.rule.groups if layer.rule else 1 for layer in chosen)
     group_of = {layer.index: [e * groups // layer.num_experts for e in keep[layer.index]] for layer in chosen}

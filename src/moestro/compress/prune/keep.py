@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.recipe import Recipe, keep
 from moestro.view.layers import MoELayer
-from moestro.view.surgery import check_keep, per_expert_tensors
+from moestro.view.router_axes import bytes_per_expert
+from moestro.view.surgery import check_keep
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -62,16 +64,8 @@ class Sizes:
 
 def measure(layers: Sequence[MoELayer], total: int) -> Sizes:
     """Sizes of a model whose saved checkpoint takes `total` bytes."""
-    expert, experts = {}, 0
-    for layer in layers:
-        size = 0
-        if layer.rule is not None:
-            for _, owner, attr, _ in per_expert_tensors(layer):
-                tensor = getattr(owner, attr)
-                size += tensor.numel() * tensor.element_size()
-        expert[layer.index] = size // layer.num_experts
-        experts += size
-    return Sizes(total - experts, expert)
+    expert = {layer.index: bytes_per_expert(layer) for layer in layers}
+    return Sizes(total - sum(expert[layer.index] * layer.num_experts for layer in layers), expert)
 
 
 def affordable(layers: Sequence[MoELayer], sizes: Sizes, budget: int) -> int:
@@ -128,7 +122,7 @@ def keep_best(
 
     `protect`: (layer, expert) pairs that are kept whatever their score. Raises ValueError where they are too many.
     """
-    keep = {}
+    kept = {}
     for layer in layers:
         groups = layer.rule.groups if layer.rule else 1
         score = scores[layer.index].double().nan_to_num(nan=float("-inf"))
@@ -136,12 +130,24 @@ def keep_best(
         score[kept_always] = float("inf")
         best = score.view(groups, -1).argsort(dim=1, descending=True, stable=True)[:, : count // groups]
         offset = torch.arange(groups)[:, None] * (layer.num_experts // groups)
-        keep[layer.index] = sorted((best + offset).flatten().tolist())
-        lost = set(kept_always) - set(keep[layer.index])
+        kept[layer.index] = sorted((best + offset).flatten().tolist())
+        lost = set(kept_always) - set(kept[layer.index])
         if lost:
             raise ValueError(
                 f"layer {layer.index}: {len(kept_always)} protected experts do not fit into {count} "
                 f"({count // groups} a group); keep more or protect fewer"
             )
-        check_keep(layer, keep[layer.index])
-    return keep
+        check_keep(layer, kept[layer.index])
+    return kept
+
+
+def prune(
+    layers: Sequence[MoELayer],
+    scores: Mapping[int, Float[Tensor, " e"]],
+    count: int,
+    *,
+    protect: Collection[tuple[int, int]] = (),
+) -> Recipe:
+    """What `keep_best` chooses, as a recipe: for `view.check` and `view.apply`."""
+    chosen = keep_best(layers, scores, count, protect=protect)
+    return Recipe((keep({layer.name: chosen[layer.index] for layer in layers}),))

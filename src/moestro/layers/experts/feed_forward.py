@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +39,8 @@ class FeedForwardExperts(nn.Module):
     """What gated and ungated experts share: the call, and what backends ask an experts module."""
 
     has_gate: bool
+    expert_axes: ClassVar[dict[str, int]]
+    """{own tensor: axis with one entry per expert}"""
     has_bias = has_post_expert_norm = is_transposed = False
     is_concatenated = True
     _is_expert_parallel = False
@@ -74,6 +76,7 @@ class GatedExperts(FeedForwardExperts):
     """SwiGLU experts (with `activation="silu"`): `gate_up_proj` [E, 2I, H], `down_proj` [E, H, I]."""
 
     has_gate = True
+    expert_axes: ClassVar = {"gate_up_proj": 0, "down_proj": 0}
     _apply_gate = _default_apply_gate
 
 
@@ -81,6 +84,7 @@ class UngatedExperts(FeedForwardExperts):
     """Two-matrix experts: `up_proj` [E, I, H], `down_proj` [E, H, I]."""
 
     has_gate = False
+    expert_axes: ClassVar = {"up_proj": 0, "down_proj": 0}
 
 
 def _one_by_one(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
