@@ -53,12 +53,13 @@ class Plan:
         return self.sizes.with_experts(self.count)
 
 
-def experts_to_keep(view: Any, memory: str | None, experts: str | None) -> tuple[str, Sizes, int]:
-    """(the request in words, sizes, experts per layer). Raises ValueError where the budget cannot be met."""
+def experts_to_keep(view: Any, memory: str | None, experts: str | None, format: str = "hf") -> tuple[str, Sizes, int]:
+    """Shares of the size are of the checkpoint that is there; sizes are those of the one to be written, in `format`:
+    (the request in words, sizes, experts per layer). Raises ValueError where the budget cannot be met."""
     if memory is not None and experts is not None:
         raise ValueError(f"memory={memory!r} and experts={experts!r}: give one of the two")
     check_own(view.layers)
-    sizes = measure(view.layers, view.num_bytes)
+    sizes = measure(view.layers, view.bytes_in(format, cut=True), view.expert_bytes(format))
     if memory is not None:
         budget = parse_memory(memory, view.num_bytes)
         return f"checkpoint of at most {memory}", sizes, affordable(view.layers, sizes, budget)
@@ -72,33 +73,34 @@ def make_plan(
     *,
     memory: str | None = None,
     experts: str | None = None,
+    format: str = "hf",
     saliency: str = "easy-ep",
     protect: Collection[tuple[int, int]] = (),
     seed: int = 0,
     progress: bool = True,
     work: Path | None = None,
     stats: Path | None = None,
-    format: str | None = None,
     source: Path | None = None,
-    keep_statistics: bool = False,
+    save: bool = False,
 ) -> Plan:
     """Observe `calibration` once and choose the experts to keep. Changes nothing.
 
     work: where a streamed view keeps what an interrupted observation goes on from.
     stats: a directory of statistics: those in it are not observed again, those that are observed are put there.
-    format: of the checkpoint that is to be made; None where none is.
+    format: of the checkpoint whose size the budget speaks of.
     source: the checkpoint that the model in memory is, and nothing else.
-    keep_statistics: give them back in the plan also without `stats`.
+    save: a checkpoint is to be made: what it could not hold is refused, and the plan gives the statistics back.
 
     Raises ValueError for an unknown saliency, a budget that cannot be met, a cut or checkpoint that cannot be made, or
     statistics of another model or other data; all before anything is observed.
     """
     if saliency not in SALIENCIES:
         raise ValueError(f"saliency={saliency!r} is not known; there are {', '.join(SALIENCIES)}")
-    request, sizes, count = experts_to_keep(view, memory, experts)
+    request, sizes, count = experts_to_keep(view, memory, experts, format)
     none = {layer.index: torch.zeros(layer.num_experts) for layer in view.layers}
-    view.check(prune(view.layers, none, count, protect=protect), format)  # any experts: their number matters
-    kept = _statistics(view, calibration, stats, source) if stats is not None or keep_statistics else None
+    cut = prune(view.layers, none, count, protect=protect)  # any experts: their number matters
+    view.check(cut, format if save else None)
+    kept = _statistics(view, calibration, stats, source) if stats is not None or save else None
     method = SALIENCIES[saliency]
     found = dict(kept.found) if kept is not None else {}
     wanted = {"slots": SlotStats, _kind(method.observer): method.observer}

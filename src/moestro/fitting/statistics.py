@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moestro.compress.prune.easy_ep import EasyEPSums
 from moestro.data import TokenBatches
-from moestro.view.checkpoint import weight_files
+from moestro.formats.tensors import weight_files
 from moestro.view.fingerprint import digest_of_data, digest_of_files, digest_of_weights
 from moestro.view.observe import LayerSlots, SlotStatistics
 

@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import moestro.view.checkpoint as checkpoint
+import moestro.view.saving as saving
 import moestro.view.surgery as surgery
 from moestro.recipe import Keep, MadeOn, Merge, Notes, Operation, Recipe, SetTopK
 from moestro.view.experts import is_experts
 from moestro.view.layers import MoELayer
 from moestro.view.obstacles import check_no_adapters, check_plain
-from moestro.view.router_axes import bytes_per_expert
 from moestro.view.skeleton import skeleton_of
 from moestro.view.state import ModelState
-
-FORMATS = ("hf",)
-"""Checkpoint formats whose limits `check` knows: "hf", a plain transformers checkpoint."""
 
 
 @runtime_checkable
@@ -158,10 +155,8 @@ def check(target: Any, recipe: Recipe, format: str | None) -> None:
 
     Tried on a copy of the model without weights: what surgery and saving themselves would say is what is said.
     """
-    if format is not None and format not in FORMATS:
-        raise ValueError(
-            f"format={format!r} is not known; there are {', '.join(FORMATS)} (None: the result stays here)"
-        )
+    if format is not None:
+        saving.check_format(format, target.source)
     recipe = resolved(target, recipe)
     for operation in recipe.operations:
         check_operation(target, operation)
@@ -261,10 +256,10 @@ def redo(layers: Sequence[MoELayer], operations: Iterable[Operation]) -> None:
             DO[operation.kind](None, layers, here)
 
 
-def bytes_after(target: Any, recipe: Recipe) -> int:
-    """Size of the weights in the checkpoint that would be saved after the recipe."""
+def bytes_after(target: Any, recipe: Recipe, format: str) -> int:
+    """Size of the weights in the checkpoint of this format that would be saved after the recipe."""
     recipe = resolved(target, recipe)
     before = {layer.name: layer.num_experts for layer in target.layers}
-    after = recipe.counts(before)
-    gone = sum((before[layer.name] - after[layer.name]) * bytes_per_expert(layer) for layer in target.layers)
-    return int(target.num_bytes) - gone
+    after, size = recipe.counts(before), target.expert_bytes(format)
+    gone = sum((before[layer.name] - after[layer.name]) * size[layer.index] for layer in target.layers)
+    return int(target.bytes_in(format, cut=bool(gone))) - gone

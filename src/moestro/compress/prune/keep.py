@@ -62,9 +62,12 @@ class Sizes:
         return self.shared + count * self.whole_layer_set
 
 
-def measure(layers: Sequence[MoELayer], total: int) -> Sizes:
-    """Sizes of a model whose saved checkpoint takes `total` bytes."""
-    expert = {layer.index: bytes_per_expert(layer) for layer in layers}
+def measure(layers: Sequence[MoELayer], total: int, expert_bytes: Mapping[int, int] | None = None) -> Sizes:
+    """Sizes of a model whose saved checkpoint takes `total` bytes.
+
+    expert_bytes: {layer: bytes of one expert} there; by default as in memory.
+    """
+    expert = {layer.index: bytes_per_expert(layer) for layer in layers} if expert_bytes is None else dict(expert_bytes)
     return Sizes(total - sum(expert[layer.index] * layer.num_experts for layer in layers), expert)
 
 
