@@ -13,6 +13,7 @@ the decoder layer ("3") will do where only one layer has it.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -212,6 +213,12 @@ def _floats(values: Any, where: str) -> list[float]:
     return [float(v) for v in listed]
 
 
+def _json(data: Any) -> str:
+    """With every list of numbers on one line."""
+    text = json.dumps(data, indent=1, allow_nan=False)
+    return re.sub(r"\[[\d\s,.eE+-]*\]", lambda found: " ".join(found.group().split()), text)
+
+
 def _fields(cls: Any, data: Any, *names: str) -> list[Any]:
     if not isinstance(data, Mapping) or set(data) != set(names):
         got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
@@ -310,7 +317,7 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        Path(path).write_text(json.dumps(self.to_data(), indent=1, allow_nan=False))
+        Path(path).write_text(_json(self.to_data()))
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -402,7 +409,7 @@ class Notes:
 
     def write(self, directory: str | Path) -> None:
         """Write moestro.json into a checkpoint directory."""
-        (Path(directory) / NOTES).write_text(json.dumps(self.to_data(), indent=1, allow_nan=False))
+        (Path(directory) / NOTES).write_text(_json(self.to_data()))
 
     @classmethod
     def read(cls, directory: str | Path) -> Notes | None:
@@ -421,7 +428,7 @@ def annotate(directory: str | Path, *, statistics: str, note: str) -> None:
     file = Path(directory) / NOTES
     data = json.loads(file.read_text())
     data["recipe"] |= {"statistics": statistics, "note": note}
-    file.write_text(json.dumps(data, indent=1, allow_nan=False))
+    file.write_text(_json(data))
 
 
 def _whole(notes: Notes) -> Recipe:

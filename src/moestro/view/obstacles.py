@@ -191,7 +191,8 @@ def why_no_experts(model: nn.Module) -> str:
     closed = next(((n, m.no_triple) for n, m in model.named_modules() if hasattr(m, "no_triple")), None)
     if closed:
         return f"{family} cannot be opened: {closed[0]} {closed[1]}"
-    held = next(((n, m) for n, m in model.named_modules() if n and _looks_like_experts(n, m)), None)
+    alike = [(n, m) for n, m in model.named_modules() if n and _looks_like_experts(n, m)]
+    held = next((found for found in alike if found[0].endswith("experts")), alike[0] if alike else None)
     custom = type(model).__module__.startswith("transformers_modules")
     if held is None and not custom:
         return f"{family} is a dense model: it has no experts to open (experts=False opens its heads)"
