@@ -139,6 +139,20 @@ def test_a_deep_copy_has_no_hook_and_the_models_own_backend(qwen: moestro.Expert
     assert twin.config._experts_implementation == backend
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))])
+def test_a_copy_of_a_streamed_view_is_opened_again(tmp_path: Any, copied: Any) -> None:
+    moestro.open(make("qwen3_moe").model).save(tmp_path / "whole")
+    view = moestro.open(tmp_path / "whole", stream=True)
+    view.keep_experts({1: [7, 0, 2], 2: [1, 2, 3]})
+    twin = copied(view)
+    del view
+    twin.save(tmp_path / "cut")
+    again = moestro.open(tmp_path / "cut")
+    assert again.original_ids == twin.original_ids == {1: [7, 0, 2], 2: [1, 2, 3]}
+    twin.set_top_k(1)
+    assert [layer.top_k for layer in again.layers] == [2, 2]
+
+
 # --- compiled models -------------------------------------------------------------------------------------------------
 
 

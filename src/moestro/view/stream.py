@@ -25,7 +25,7 @@ import moestro.view.saving as saving
 from moestro.formats.hf import Group
 from moestro.formats.source import Source
 from moestro.formats.tensors import SHARD_BYTES, check_complete
-from moestro.recipe import Notes
+from moestro.recipe import Notes, Operation, Recipe
 from moestro.view.fingerprint import digest_of_data, observer_key
 from moestro.view.heads import AnyObserver
 from moestro.view.in_force import HEAD_NEEDS
@@ -78,6 +78,13 @@ class StreamView(ExpertView):
             config._attn_implementation = attn_implementation
         if experts_implementation is not None:
             config._experts_implementation = experts_implementation
+        self._options: dict[str, Any] = dict(
+            part=part,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            experts_implementation=experts_implementation,
+        )
         self._weights = Weights(self.path, config, dtype=dtype, device=device)
         model = self._weights.model
         adopt_generation_config(model, self.path)
@@ -88,6 +95,9 @@ class StreamView(ExpertView):
         self._decoder = list(model.get_submodule(self._list_name))
         self._as_opened = [State(module, self._holders_in(i)) for i, module in enumerate(self._decoder)]
         operations.remember(self, Notes.read(self.path))
+
+    def __reduce__(self) -> Any:
+        return _opened_again, (self.path, self.tokenizer, self._options, tuple(self.state.recipe))
 
     @property
     def source(self) -> Source:
@@ -356,3 +366,10 @@ class StreamView(ExpertView):
         finally:
             for state in states:
                 state.restore()
+
+
+def _opened_again(path: Path, tokenizer: Any, options: dict[str, Any], operations: tuple[Operation, ...]) -> StreamView:
+    """A copy of a streamed view: the same directory, and the same done to it."""
+    view = StreamView(path, tokenizer, **options)
+    view.apply(Recipe(operations))
+    return view

@@ -52,7 +52,13 @@ def list_of(layers: Sequence[MoELayer]) -> str:
     numbers = list(re.finditer(r"\.(\d+)(?=\.|$)", layers[0].name))
     if not numbers:
         raise ValueError(f"{layers[0].name} lies in no list of decoder layers; open the model with stream=False")
-    return layers[0].name[: numbers[-1].start()]
+    name = layers[0].name[: numbers[-1].start()]
+    if elsewhere := [layer.name for layer in layers if not layer.name.startswith(f"{name}.")]:
+        raise ValueError(
+            f"{layers[0].name} and {elsewhere[0]} lie in different lists of layers, and one list is streamed: open one "
+            "part of the model (part=...), or all of it with stream=False"
+        )
+    return name
 
 
 class Ahead:
