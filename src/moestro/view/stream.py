@@ -254,7 +254,7 @@ class StreamView(ExpertView):
             if ahead is not None:
                 ahead.wait(groups)
             self._weights.load(groups)
-            operations.redo([layer for layer in self.layers if layer.index == index], self.state.recipe)
+            operations.redo(self, [layer for layer in self.layers if layer.index == index])
             yield module
         finally:
             planned.restore()
