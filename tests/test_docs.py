@@ -8,6 +8,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moestro
+from moestro.view.experts import FusedExperts
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -33,7 +34,7 @@ def test_the_examples_of_the_seams_page_run(view):
     ids = torch.randint(0, 97, (4, 32))
     names = {"view": view, "batches": [ids[:2], ids[2:]], "inputs": {"input_ids": ids}}
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "seams.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, "seams.md", "exec"), names)
     assert names["entropy"].keys() == {0, 1}
@@ -41,6 +42,8 @@ def test_the_examples_of_the_seams_page_run(view):
         assert not torch.equal(names["sharp"], view.model(ids).logits)
         assert not torch.equal(names["without"], view.model(ids).logits)
     assert [layer.num_experts for layer in view.layers] == [4, 4]
+    own = names["ScaledExperts"](8, 8, 8)
+    assert {part.name for part in FusedExperts(own).per_expert()} == {"gate_up_proj", "down_proj"}
 
 
 def test_the_look_and_steer_example_of_the_readme_runs(tmp_path, monkeypatch):

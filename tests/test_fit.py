@@ -21,6 +21,7 @@ from moestro.compress.prune.easy_ep import EasyEPStats
 from moestro.fitting import memory
 from moestro.fitting.evaluate import HeldoutLoss
 from moestro.fitting.result import FitReport
+from moestro.recipe import Recipe
 from moestro.view.stream import StreamView
 
 QUICK = {"calibration_tokens": 1500, "heldout_tokens": 400, "max_length": 128, "progress": False}
@@ -147,6 +148,108 @@ def test_the_record_of_the_cut_names_the_original_experts(fitted):
     assert notes["original_experts"] == {str(i): ids for i, ids in fitted.plan.keep.items()}
 
 
+# Refused in time, and statistics that serve again
+
+
+def observed_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    passes: list[str] = []
+    observe = moestro.ExpertView.observe
+
+    def counted(self, *args, **options):
+        passes.append(options.get("description"))
+        return observe(self, *args, **options)
+
+    monkeypatch.setattr(moestro.ExpertView, "observe", counted)
+    return passes
+
+
+WORDS = [["zq " * 40] * 6]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "ernie4_5_vl_moe", "generation config", "tokenizer"])
+def test_what_cannot_be_cut_or_saved_is_refused_before_the_first_pass(family, tmp_path, monkeypatch):
+    tokenizer = moestro.open("quartet").tokenizer
+    size = len(tokenizer) + (-8 if family == "tokenizer" else 8)
+    model = tiny.build(family if "_" in family else "qwen3_moe", vocab_size=size, num_hidden_layers=3).model
+    if family == "generation config":
+        model.generation_config.temperature = 0.3
+    passes = observed_passes(monkeypatch)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError):
+        moestro.fit(model, WORDS, tokenizer=tokenizer, out=tmp_path / "out", rest=(), **QUICK)
+    assert passes == []
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_statistics_serve_another_budget_and_saliency(tmp_path, monkeypatch):
+    arguments = {"data": ["code", "ui-de"], "rest": (), "stats": tmp_path / "stats", **QUICK}
+    fresh = {**arguments, "stats": None}
+    first = moestro.fit("quartet", experts="50%", **arguments)
+    assert first.plan.observed
+    assert {f.name for f in (tmp_path / "stats").iterdir()} == {"statistics.json", "statistics.safetensors"}
+    passes = observed_passes(monkeypatch)
+    for saliency, experts in (("easy-ep", "25%"), ("reap", "50%"), ("frequency", "25%")):
+        served = moestro.fit("quartet", experts=experts, saliency=saliency, **arguments)
+        assert not served.plan.observed
+        assert "calibration" not in passes
+        again = moestro.fit("quartet", experts=experts, saliency=saliency, **fresh)
+        assert served.plan.keep == again.plan.keep
+        assert served.report.layers == again.report.layers
+        assert served.report.coverage == again.report.coverage
+        passes.clear()
+
+
+def test_statistics_that_lack_what_a_saliency_needs_are_completed(tmp_path, monkeypatch):
+    arguments = {"data": "code", "rest": (), "stats": tmp_path, **QUICK}
+    moestro.fit("quartet", saliency="reap", **arguments)
+    assert moestro.fit("quartet", saliency="easy-ep", **arguments).plan.observed
+    assert not moestro.fit("quartet", saliency="easy-ep", **arguments).plan.observed
+    assert not moestro.fit("quartet", saliency="gating-score", **arguments).plan.observed
+
+
+def test_statistics_of_another_model_or_other_data_are_refused(tmp_path, monkeypatch):
+    arguments = {"data": "code", "rest": (), "stats": tmp_path / "stats", **QUICK}
+    moestro.fit("quartet", **arguments)
+    view = moestro.open("quartet")
+    next(view.layers[0].experts.parameters()).data.mul_(1.01)
+    cut = moestro.open("quartet")
+    cut.keep_experts({layer.index: range(16) for layer in cut.layers})
+    passes = observed_passes(monkeypatch)
+    for model, change, words in (
+        (view, {}, "another model"),
+        (cut, {}, "before or after other cuts"),
+        ("quartet", {"calibration_tokens": 1000}, "other data"),
+        ("quartet", {"data": "ui-de"}, "other data"),
+        ("quartet", {"seed": 1}, "other data"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            moestro.fit(model, **{**arguments, **change})
+    (tmp_path / "stats" / "statistics.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        moestro.fit("quartet", **arguments)
+    assert passes == []
+
+
+def test_a_saved_fit_carries_its_recipe_and_statistics(fitted, monkeypatch):
+    recipe = Recipe.load(fitted.path)
+    assert recipe.operations == fitted.plan.recipe.operations
+    assert (fitted.path / recipe.statistics).is_file()
+    assert "25% of the experts" in recipe.note
+    assert moestro.open(fitted.path).original_ids == fitted.plan.keep
+    again = moestro.fit("quartet", ["code", "ui-de"], experts="50%", rest=(), stats=fitted.path, **QUICK)
+    assert not again.plan.observed
+
+
+def test_the_command_says_that_statistics_served(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["fit", "--stats", "stats", "--calibration-tokens", "1000", "--dry-run"]
+    for more, words in (([], "observed 1,"), (["--experts", "25%"], "saved statistics of 1,")):
+        output = CliRunner().invoke(app, [*command, *more]).output
+        assert words in " ".join(output.split())
+    assert [f.name for f in tmp_path.iterdir()] == ["stats"]
+
+
 # Streamed
 
 
@@ -179,6 +282,12 @@ def assert_same_fit(streamed: moestro.fitting.pipeline.Fitted, whole: moestro.fi
     ours, theirs = (load_file(fit.path / "model.safetensors") for fit in (streamed, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_statistics_from_memory_serve_a_stream_of_the_same_files(tiny_checkpoint, tmp_path):
+    arguments = {"stats": tmp_path, **TASK}
+    moestro.fit(tiny_checkpoint, **arguments)
+    assert not moestro.fit(moestro.open(tiny_checkpoint, stream=True), **arguments).plan.observed
 
 
 def test_a_streamed_fit_is_the_fit_in_memory(tiny_checkpoint, in_memory, tmp_path):

@@ -109,7 +109,7 @@ def test_layers_go_by_the_name_of_their_block(qwen: moestro.ExpertView) -> None:
     other.keep_experts({1: [0, 3, 5], "2": [1, 2]})
     assert qwen.original_ids == other.original_ids
     assert tiny.same_state(qwen.model, tiny.state_of(other.model))
-    assert [op.layers() for op in qwen.state.recipe] == [[L1, L2]]
+    assert [op.layers() for op in qwen.state.recipe] == [["layers.1.mlp", "layers.2.mlp"]]  # as the stack knows them
     for wrong, message in (({"model.layers.9.mlp": [0, 1]}, "names 0 of the layers"), ({1: [0], L1: [1]}, "twice")):
         with pytest.raises(ValueError, match=message):
             qwen.keep_experts(wrong)
@@ -199,7 +199,7 @@ def test_bytes_after_are_those_of_the_file(qwen: moestro.ExpertView) -> None:
     assert qwen.num_bytes == expected
 
 
-def test_views_of_one_model_share_its_history(qwen: moestro.ExpertView) -> None:
+def test_views_of_one_model_share_its_history(qwen: moestro.ExpertView, tmp_path: Path) -> None:
     other = moestro.open(qwen.model.model)  # opened on a part, with shorter names
     qwen.apply(CUT)
     assert other.original_ids == qwen.original_ids
@@ -207,6 +207,10 @@ def test_views_of_one_model_share_its_history(qwen: moestro.ExpertView) -> None:
     other.keep_experts({1: [2, 0], 2: [0, 1]})
     assert qwen.original_ids == {1: [6, 1], 2: [2, 3]}
     assert qwen.model.config.num_experts == 2
+    qwen.save(tmp_path / "ck")
+    again = moestro.open(make("qwen3_moe").model)
+    again.apply(Recipe.load(tmp_path / "ck"))
+    assert tiny.same_state(again.model, tiny.state_of(qwen.model))
 
 
 def test_a_recipe_for_another_model_is_refused_with_the_difference(qwen: moestro.ExpertView) -> None:

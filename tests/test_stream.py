@@ -361,7 +361,7 @@ def test_refuses_the_work_of_another_observation(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="other checkpoint"):
         stream(checkpoint("mixtral")).observe(batches()[:2], [SlotStats()], progress=False, work=work)
     view.keep_experts(halved(view))
-    with pytest.raises(ValueError, match="other experts kept;"):
+    with pytest.raises(ValueError, match="other recipe;"):
         view.observe(batches()[:2], [SlotStats()], progress=False, work=work)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moestro.view.experts import dispatches, own_tensors
 
-MERGE = "merge it into the weights first: model = model.merge_and_unload()"
+MERGE = "merge it into the weights first: model = model.merge_and_unload(), of the PeftModel"
 MERGE_INJECTED = (
     "merge it into the weights first: model.save_pretrained(DIR) writes the adapter alone, and "
     "peft.PeftModel.from_pretrained(BASE, DIR).merge_and_unload(), with BASE the model without it, merges it"
@@ -51,7 +51,7 @@ def _peft_model(model: nn.Module) -> nn.Module | None:
 
 
 def _way_out(model: nn.Module) -> str:
-    return MERGE if _peft_model(model) is not None else MERGE_INJECTED
+    return MERGE_INJECTED if getattr(model, "_hf_peft_config_loaded", False) else MERGE
 
 
 def adapter_on(model: nn.Module, *parts: nn.Module) -> str | None:

@@ -7,7 +7,8 @@ how each kind of operation is done; what may be done at all, and what a checkpoi
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import moestro.view.checkpoint as checkpoint
@@ -80,6 +81,13 @@ def _innermost(target: Target) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _prefix(target: Target) -> str:
+    """What layers' names begin with before they reach the stack. The model's state, which all views share whatever
+    they were opened on, knows layers without it."""
+    name = next(name for name, module in target.model.named_modules() if module is target.stack)
+    return f"{name}." if name else ""
+
+
 def original_ids(target: Target) -> dict[str, list[int]]:
     """{layer name: for each present expert, its number in the first model of the lineage}"""
     known = target.state.original_ids
@@ -88,10 +96,15 @@ def original_ids(target: Target) -> dict[str, list[int]]:
 
 def notes(target: Target) -> Notes:
     """What a checkpoint of the model carries of its history."""
-    state = target.state
-    names = {layer.name: layer.index for layer in target.layers}
-    recipe = Recipe(tuple(state.recipe), state.made_on if state.recipe else None)
-    return Notes(recipe, tuple(state.lineage), original_ids(target), names)
+    state, prefix = target.state, _prefix(target)
+    numbers = {layer.name: layer.index for layer in target.layers}
+    recipe = Recipe(tuple(state.recipe)).on(lambda name: prefix + name)
+    if recipe.operations:
+        then = state.made_on
+        experts, top_k = ({prefix + n: v for n, v in part.items()} for part in (then.experts, then.top_k))
+        recipe = replace(recipe, made_on=MadeOn(then.architecture, experts, top_k))
+    others = {prefix + name: ids for name, ids in state.original_ids.items()}  # of another stack, say
+    return Notes(recipe, tuple(state.lineage), others | original_ids(target), numbers)
 
 
 def remember(target: Target, found: Notes | None) -> None:
@@ -216,20 +229,16 @@ def apply(target: Any, recipe: Recipe) -> None:
         check(target, recipe, None)
     for operation in recipe.operations:
         check_operation(target, operation)
-    before = made_on(target)
+    state, prefix, before = target.state, _prefix(target), made_on(target)
+    experts, top_k = ({n.removeprefix(prefix): v for n, v in part.items()} for part in (before.experts, before.top_k))
+    begun = MadeOn(before.architecture, experts, top_k)
+    if state.recipe:  # what it does not know yet is of another stack, and whole
+        then = state.made_on
+        begun = MadeOn(then.architecture, experts | then.experts, top_k | then.top_k)
     for operation in recipe.operations:
         _do(target, operation)
-        state = target.state
-        if not state.recipe:
-            state.made_on = before
-        else:
-            state.made_on = _with_layers(state.made_on, before)
-        state.recipe.append(operation)
-
-
-def _with_layers(then: MadeOn, now: MadeOn) -> MadeOn:
-    """`then`, and the layers of `now` that it does not know: those of another stack of the model."""
-    return MadeOn(then.architecture, {**now.experts, **then.experts}, {**now.top_k, **then.top_k})
+        state.made_on = begun
+        state.recipe.append(operation.on({layer.name: layer.path for layer in target.layers}))
 
 
 def _do(target: Target, operation: Operation) -> None:
@@ -248,12 +257,12 @@ def _do(target: Target, operation: Operation) -> None:
         state.stated[first] = new
 
 
-def redo(layers: Sequence[MoELayer], operations: Iterable[Operation]) -> None:
+def redo(target: Target, layers: Sequence[MoELayer]) -> None:
     """Do to the freshly loaded weights of these layers what was done to their skeleton."""
-    names = {layer.name: layer.name for layer in layers}
-    for operation in operations:
+    names = {layer.path: layer.name for layer in layers}
+    for operation in target.state.recipe:
         if operation.layers() is not None and (here := operation.on(names)).layers():
-            DO[operation.kind](None, layers, here)
+            DO[operation.kind](target, layers, here)
 
 
 def bytes_after(target: Any, recipe: Recipe, format: str) -> int:

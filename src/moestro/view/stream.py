@@ -25,7 +25,7 @@ import moestro.view.saving as saving
 from moestro.formats.hf import Group
 from moestro.formats.source import Source
 from moestro.formats.tensors import SHARD_BYTES, check_complete
-from moestro.recipe import Notes, Operation, Recipe
+from moestro.recipe import Notes, Recipe
 from moestro.view.fingerprint import digest_of_data, observer_key
 from moestro.view.heads import AnyObserver
 from moestro.view.in_force import HEAD_NEEDS
@@ -97,7 +97,7 @@ class StreamView(ExpertView):
         operations.remember(self, Notes.read(self.path))
 
     def __reduce__(self) -> Any:
-        return _opened_again, (self.path, self.tokenizer, self._options, tuple(self.state.recipe))
+        return _opened_again, (self.path, self.tokenizer, self._options, operations.notes(self).recipe)
 
     @property
     def source(self) -> Source:
@@ -268,7 +268,7 @@ class StreamView(ExpertView):
             if ahead is not None:
                 ahead.wait(groups)
             self._weights.load(groups)
-            operations.redo([layer for layer in self.layers if layer.index == index], self.state.recipe)
+            operations.redo(self, [layer for layer in self.layers if layer.index == index])
             yield module
         finally:
             planned.restore()
@@ -368,8 +368,8 @@ class StreamView(ExpertView):
                 state.restore()
 
 
-def _opened_again(path: Path, tokenizer: Any, options: dict[str, Any], operations: tuple[Operation, ...]) -> StreamView:
+def _opened_again(path: Path, tokenizer: Any, options: dict[str, Any], recipe: Recipe) -> StreamView:
     """A copy of a streamed view: the same directory, and the same done to it."""
     view = StreamView(path, tokenizer, **options)
-    view.apply(Recipe(operations))
+    view.apply(recipe)
     return view
