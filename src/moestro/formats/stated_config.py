@@ -53,7 +53,13 @@ def stated_config(
     if source is None or opened is None or type(opened) is not type(config):
         wanted = _with_other_names(plain, config, counts)
     else:
-        wanted = _merged(plain, source, opened, config, changed_numbers(opened, config, counts), counts)
+        changed = changed_numbers(opened, config, counts)
+        plain |= {  # what transformers only passes on
+            key: _recounted(key, value, changed, counts)
+            for key, value in plain.items()
+            if key not in getattr(type(config), "__dataclass_fields__", {})
+        }
+        wanted = _merged(plain, source, opened, config, changed, counts)
     return _checked(type(config), plain, wanted)
 
 
@@ -126,6 +132,8 @@ def _recounted(key: str, value: Any, changed: Sequence[Mapping[int, int]], count
     for pattern, numbers in zip(counts, changed):
         if type(value) is int and pattern.search(key):
             return numbers.get(value, value)
+        if isinstance(value, list) and pattern.search(key):  # one for each stack of experts
+            return [numbers.get(n, n) if type(n) is int else n for n in value]
     return value
 
 
