@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import moestro
 import tiny
-from moestro.view.checkpoint import complete_directory
+from moestro.directories import complete_directory
 from tiny import FP32, LEARNED, documents, logits_of, make, padded
 
 INPUTS = padded(documents(7, 3, 9), "right")

@@ -22,6 +22,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "routing": ("transformers", "moestro"),
     "stats": ("transformers", "torch", "moestro"),
     "sets": ("transformers", "moestro"),
+    "directories": ("transformers", "torch", "moestro"),
     # of transformers, the layers know the experts interface alone
     "layers": (*TRANSFORMERS_MODELS, *rooms("view", "data", "report", "models"), *METHODS, *TOP),
     "models": (*rooms("view", "report"), *METHODS, *TOP),

@@ -32,13 +32,14 @@ from moestro.data import (
     split_heldout,
     token_batches,
 )
+from moestro.directories import complete_directory, public_name, some_path
 from moestro.fitting.evaluate import HeldoutLoss, batch_tokens, continuations, tokens_per_second
 from moestro.fitting.memory import check_fits
 from moestro.fitting.plan import Plan, make_plan
 from moestro.fitting.result import Cost, DomainLoss, FitReport, LayerChoice, Sample
 from moestro.fitting.work import Work
 from moestro.report import write_fit_page
-from moestro.view.checkpoint import complete_directory, plain_config, write
+from moestro.view.checkpoint import plain_config, source_directories, write
 from moestro.view.observe import ExpertCounts
 
 DEFAULT_MODEL = "quartet"
@@ -136,6 +137,7 @@ def fit(
     stream: bool = False,
     work: str | Path | None = None,
     protect: Collection[tuple[int, int]] = (),
+    publish_samples: bool = False,
     calibration_tokens: int = 50_000,
     heldout_tokens: int = 8_000,
     max_length: int | None = None,
@@ -160,21 +162,27 @@ def fit(
         work: where a streamed fit keeps what a killed one goes on from when it is called again with the same arguments;
             by default `out` with `.work` behind it, deleted when the fit is done. A directory named here stays.
         protect: (decoder layer, expert) pairs that are never dropped.
+        publish_samples: write held-out prompts and their continuations into report.json and report.html, which lie
+            beside the checkpoint. Otherwise no text of the user is in any file; `Fitted.report` has them either way.
         calibration_tokens, heldout_tokens: limits per domain.
 
     Raises:
         ValueError: a dense model, an impossible budget, unusable data, a checkpoint larger than memory without
-            `stream`; before anything is changed or written. Or `work` belongs to another fit.
-        FileExistsError: `out` exists and `overwrite` is off.
+            `stream`, `out` or `work` that is, holds or lies in the model's directory; before anything is changed or
+            written. Or `work` belongs to another fit.
+        FileExistsError: `out` exists and `overwrite` is off, or holds files that moestro did not write.
+        BlockingIOError: another run is writing to `out` or `work`.
     """
-    out = Path(out) if out is not None else None
+    out = some_path(out, "out") if out is not None else None
     stream = stream or getattr(model, "streamed", False)
-    kept = Work(work_directory(out, work, stream), out)
+    sources = model_directories(model)
+    kept = Work(work_directory(out, work, stream), out, sources)
     with ExitStack() as cleanup:
+        cleanup.enter_context(kept.held())
         half = None
         if out is not None:
-            place = kept.published(out, overwrite=overwrite) if stream else complete_directory(out, overwrite=overwrite)
-            half = cleanup.enter_context(place)
+            place = kept.published if stream else complete_directory
+            half = cleanup.enter_context(place(out, overwrite=overwrite, apart_from=sources))
         view = open_model(model, tokenizer=tokenizer, stream=stream)
         limits: dict[str, Any] = dict(
             calibration_tokens=calibration_tokens, heldout_tokens=heldout_tokens, max_length=max_length
@@ -192,8 +200,9 @@ def fit(
         after = _measure(view, texts, prompts, "after", progress, kept)
         report = _report(model, plan, texts, prompts, before, after, streamed=stream)
         if half is not None:
-            (half / "report.json").write_text(report.model_dump_json(indent=1))
-            write_fit_page(report, half / "report.html")
+            public = report if publish_samples else report.without_samples()
+            (half / "report.json").write_text(public.model_dump_json(indent=1))
+            write_fit_page(public, half / "report.html")
     if stream and out is not None:
         view = opening.open(out, stream=True)  # it has moved
     if work is None:
@@ -207,7 +216,16 @@ def work_directory(out: Path | None, work: str | Path | None, stream: bool) -> P
         raise ValueError(f"work={str(work)!r} is of use to a streamed fit alone: pass --stream (stream=True)")
     if work is None and stream and out is not None:
         return out.absolute().with_name(f"{out.name}.work")
-    return Path(work) if work is not None else None
+    return some_path(work, "work") if work is not None else None
+
+
+def model_directories(model: Any) -> list[Path]:
+    """The directories that `model`, as `fit` takes it, is read from: none for a name on the hub."""
+    if isinstance(model, str | Path):
+        path = Path(model) if Path(model).exists() else bundled_path(str(model))
+        return [path] if path is not None and path.is_dir() else []
+    view_path = getattr(model, "path", None)  # of a streamed view
+    return [view_path] if isinstance(view_path, Path) else source_directories(getattr(model, "model", model))
 
 
 def _written(view: Any, half: Path, *, last: bool) -> Any:
@@ -284,8 +302,11 @@ def _prompts(texts: FitData) -> list[tuple[str, str, str]]:
 
 
 def _name(model: Any) -> str:
-    """What a model from memory is called: where it was loaded from, else its class."""
-    return getattr(model.config, "_name_or_path", "") or type(model).__name__
+    """What a model is called in a report: its name on the hub, its directory's name, else its class."""
+    if not isinstance(model, str | Path):
+        model = getattr(model, "model", model)
+        model = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return public_name(str(model))
 
 
 def _report(
@@ -298,7 +319,7 @@ def _report(
     *,
     streamed: bool,
 ) -> FitReport:
-    name = str(model) if isinstance(model, str | Path) else _name(getattr(model, "model", model))
+    name = _name(model)
     domains = sorted(before.losses, key=lambda domain: domain not in texts.task)
     served = before.served.result()
     layers = []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import moestro.view.checkpoint as checkpoint
 import moestro.view.surgery as surgery
 from moestro.bundled import bundled_path
+from moestro.directories import complete_directory
 from moestro.view.edit import Edit
 from moestro.view.events import Batch
 from moestro.view.heads import AnyObserver, HeadEdit, HeadLayer
@@ -190,12 +191,14 @@ class ExpertView(HeadView):
         """Write a plain Hugging Face checkpoint (and the tokenizer, where there is one) to directory `path`.
 
         Raises:
-            ValueError: the model cannot be stored as a plain checkpoint; says why and what can be done.
-            FileExistsError: the directory is there and `overwrite` is off.
+            ValueError: the model cannot be stored as a plain checkpoint; says why and what can be done. Or `path` is,
+                lies in or holds the directory that the model was loaded from.
+            FileExistsError: the directory is there and `overwrite` is off, or holds files that moestro did not write.
             OSError: the disk cannot hold it. Nothing is left behind.
         """
         config = checkpoint.plain_config(self.model, self.stack, self.layers)
-        with checkpoint.complete_directory(path, overwrite=overwrite, size=self.num_bytes) as half:
+        apart = checkpoint.source_directories(self.model)
+        with complete_directory(path, overwrite=overwrite, size=self.num_bytes, apart_from=apart) as half:
             checkpoint.write(self.model, config, half, tokenizer=self.tokenizer, original_experts=self.original_ids)
         return Path(path)
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 import moestro.view.checkpoint as checkpoint
 import moestro.view.surgery as surgery
+from moestro.directories import complete_directory
 from moestro.view.heads import AnyObserver
 from moestro.view.layers import MoELayer, load_tokenizer
 from moestro.view.lm_logits import hand_logits, language_model, logits_observers
@@ -332,8 +333,9 @@ class StreamView(ExpertView):
         files are copied.
 
         Raises:
-            ValueError: the model cannot be stored as a plain checkpoint; says why and what can be done.
-            FileExistsError: the directory is there and `overwrite` is off.
+            ValueError: the model cannot be stored as a plain checkpoint; says why and what can be done. Or `path` is,
+                lies in or holds the model's own directory.
+            FileExistsError: the directory is there and `overwrite` is off, or holds files that moestro did not write.
             OSError: the disk cannot hold it. Nothing is left behind.
         """
         config = checkpoint.plain_config(self.model, self.stack, self.layers)
@@ -345,7 +347,8 @@ class StreamView(ExpertView):
             for index, groups in self._units():
                 layout |= self._weights.to_stored(self._tensors(index, groups, names))
         size = sum(t.nbytes for t in layout.values())
-        with checkpoint.complete_directory(path, overwrite=overwrite, size=size) as half, torch.no_grad():
+        place = complete_directory(path, overwrite=overwrite, size=size, apart_from=[self.path])
+        with place as half, torch.no_grad():
             copy_companions(self.path, half)
             config.save_pretrained(half)
             if self.model.can_generate():
