@@ -46,7 +46,7 @@ OURS = (
 
 def some_path(value: str | Path, name: str) -> Path:
     """`value` as a path. Raises ValueError where it is empty: that would be the current directory."""
-    if str(value).strip() in ("", "."):
+    if not str(value).strip():
         raise ValueError(f"{name}={str(value)!r} names no directory; give it a name, as in {name}='result'")
     return Path(value)
 
@@ -92,7 +92,7 @@ def lock(path: str | Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
     while True:
-        stream = open(file, "a+", encoding="utf-8")
+        stream = open(file, "a+", encoding="utf-8")  # noqa: SIM115  it is closed on every way out
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -33,7 +33,7 @@ from moestro.data import (
     token_batches,
 )
 from moestro.directories import complete_directory, public_name, some_path
-from moestro.fitting.evaluate import HeldoutLoss, batch_tokens, continuations, tokens_per_second
+from moestro.fitting.evaluate import HeldoutLoss, batch_tokens, check_heldout, continuations, tokens_per_second
 from moestro.fitting.memory import check_fits
 from moestro.fitting.plan import Plan, make_plan
 from moestro.fitting.result import Cost, DomainLoss, FitReport, LayerChoice, Sample
@@ -105,6 +105,9 @@ def read_data(
         )
         for part, limit in ((calibration, calibration_tokens), (heldout, heldout_tokens))
     ]
+    if missing := [name for name in task if not batches[0].tokens_by_domain.get(name)]:
+        raise ValueError(f"the calibration part of {missing[0]!r} has no token; give it more texts")
+    check_heldout(batches[1], task)
     return FitData(batches[0], batches[1], heldout, task)
 
 
