@@ -195,7 +195,7 @@ def test_an_existing_directory_is_only_overwritten_when_asked(copied: Path) -> N
     with pytest.raises(FileExistsError, match="overwrite"):
         view.save(copied)
     assert all_files(copied).keys() - before.keys() == {"stray.txt"}
-    with pytest.raises(FileExistsError, match="did not write stray.txt"):
+    with pytest.raises(FileExistsError, match=r"did not write stray\.txt"):
         view.save(copied, overwrite=True)
     (copied / "stray.txt").unlink()
     assert all_files(copied) == before

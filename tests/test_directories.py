@@ -32,7 +32,8 @@ def write(path: Path, text: str, *, overwrite: bool = True) -> None:
 
 def killed_while_writing(out: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(out)], stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
     process.kill()
     process.wait()
 
@@ -45,7 +46,8 @@ def test_overwriting_never_loses_what_is_not_ours(name: str, tmp_path: Path) -> 
     (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
     with pytest.raises(FileExistsError, match=name.rstrip("/")):
         write(out, "new")
-    assert (out / "config.json").read_text() == "old" and (out / name).exists()
+    assert (out / "config.json").read_text() == "old"
+    assert (out / name).exists()
 
 
 def test_a_file_of_ours_that_was_edited_is_the_users(tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_an_older_output_without_a_manifest_is_replaced_unless_it_holds_more(tmp
     out.mkdir()
     (out / "config.json").write_text("old")
     (out / "README.md").write_text("mine")
-    with pytest.raises(FileExistsError, match="README.md"):
+    with pytest.raises(FileExistsError, match=r"README\.md"):
         write(out, "new")
     (out / "README.md").unlink()
     write(out, "new")
@@ -99,7 +101,8 @@ def test_two_writers_exclude_each_other_and_a_kill_releases(tmp_path: Path) -> N
     out = tmp_path / "out"
     write(out, "old")
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(out)], stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
     with pytest.raises(BlockingIOError, match=f"process {process.pid}"):
         write(out, "mine")
     process.kill()
@@ -159,7 +162,8 @@ def test_sigterm_stops_a_fit_like_ctrl_c(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     while not list(tmp_path.glob(".fitted-*")):
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)

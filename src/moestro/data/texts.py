@@ -57,11 +57,11 @@ def load_texts(
       a file nor has a known suffix is taken as a text itself; give other texts as `{"text": ...}`.
 
     A record is a text (string) or has `text` or `messages` (chat messages with `role` and `content`), or the one field
-    named by `text_field`; it may have `domain` and `split`. Beside messages, `tools` and `documents` (lists of objects,
-    or such a list as JSON), `enable_thinking`, `reasoning_effort`, `date_string`, `builtin_tools` and
-    `chat_template_kwargs` (an object of further arguments) go to the chat template; other fields are left aside. The domain is the record's, else the label, else the
-    argument `domain`, else the file's name without its suffixes (the folder's for .txt files in a folder; a shard
-    number like `-00000-of-00003` is dropped), else `text`.
+    named by `text_field`; it may have `domain` and `split`. Beside messages, `tools` and `documents` (lists of
+    objects, or such a list as JSON), `enable_thinking`, `reasoning_effort`, `date_string`, `builtin_tools` and
+    `chat_template_kwargs` (an object of further arguments) go to the chat template; other fields are left aside. The
+    domain is the record's, else the label, else the argument `domain`, else the file's name without its suffixes (the
+    folder's for .txt files in a folder; a shard number like `-00000-of-00003` is dropped), else `text`.
 
     split: `calibration` gives the documents not declared held out, `heldout` those declared so by `split` being
     heldout, test or validation, `all` both (`split_heldout` then divides them).
