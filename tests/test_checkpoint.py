@@ -22,8 +22,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import moestro
 import tiny
+from moestro.directories import complete_directory
 from moestro.formats.tensors import Writer
-from moestro.view.checkpoint import complete_directory
 from tiny import FP32, LEARNED, documents, logits_of, make, padded
 
 INPUTS = padded(documents(7, 3, 9), "right")
@@ -196,8 +196,11 @@ def test_an_existing_directory_is_only_overwritten_when_asked(copied: Path) -> N
     with pytest.raises(FileExistsError, match="overwrite"):
         view.save(copied)
     assert all_files(copied).keys() - before.keys() == {"stray.txt"}
+    with pytest.raises(FileExistsError, match=r"did not write stray\.txt"):
+        view.save(copied, overwrite=True)
+    (copied / "stray.txt").unlink()
+    assert all_files(copied) == before
     view.save(copied, overwrite=True)
-    assert not (copied / "stray.txt").exists()
     assert all_files(copied)["model.safetensors"] == before["model.safetensors"]
     assert [p.name for p in copied.parent.iterdir()] == [copied.name]
 

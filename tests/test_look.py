@@ -382,7 +382,7 @@ def test_the_command_writes_the_page_and_tells_the_findings(monkeypatch, tmp_pat
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
-    assert "--overwrite" in capsys.readouterr().out.replace("\n", " ")
+    assert "--overwrite" in capsys.readouterr().err.replace("\n", " ")
 
 
 # ------------------------------------------------------------------------------------------------ in a browser

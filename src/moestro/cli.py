@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moestro.evidence.commands import papers, reproduce
@@ -25,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Understand, steer, shrink and save mixture-of-experts models.",
 )
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
 
 @app.command()
@@ -64,7 +66,12 @@ def fit(
         typer.Option(help="keep what the calibration finds here, or read it: for another budget or saliency"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing directory")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace what moestro wrote to OUT; refused where OUT holds more")
+    ] = False,
+    publish_samples: Annotated[
+        bool, typer.Option("--publish-samples", help="write held-out prompts and continuations into the report")
+    ] = False,
 ) -> None:
     """Cut a mixture-of-experts model to a budget for a task, and prove what it cost.
 
@@ -86,13 +93,15 @@ def fit(
     last fit reads the statistics of the one before it: the model is not calibrated again.
     """
     import moestro.fitting.pipeline as pipeline
+    from moestro.directories import check_apart, check_writable, some_path
     from moestro.fitting.plan import make_plan
     from moestro.view.saving import check_format
 
     data = for_ or list(pipeline.DEFAULT_TASK)
-    target = out or Path(f"{Path(model).name}-fit")
-    if not dry_run and target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another directory with --out, or pass --overwrite")
+    target = Path(f"{Path(model).name}-fit") if out is None else some_path(out, "out")
+    if not dry_run:
+        check_apart(target, pipeline.model_directories(model))
+        check_writable(target.absolute(), overwrite=overwrite, known_by="config.json", kind="a checkpoint")
     limits: dict[str, Any] = dict(
         calibration_tokens=calibration_tokens, heldout_tokens=heldout_tokens, max_length=max_length, seed=seed
     )
@@ -108,12 +117,14 @@ def fit(
         plan = make_plan(view, texts.calibration, seed=seed, **places, **budget)
         _print_plan(view, plan)
         return
-    places = dict(out=target, overwrite=overwrite, stream=stream, work=work, stats=stats)
+    places = dict(
+        out=target, overwrite=overwrite, stream=stream, work=work, stats=stats, publish_samples=publish_samples
+    )
     try:
         fitted = pipeline.fit(model, data, rest=rest, **places, **budget, **limits)
     except KeyboardInterrupt:
         if kept is not None and kept.exists():
-            console.print(f"what was done so far is in {kept}: the same command goes on from there")
+            errors.print(f"what was done so far is in {kept}: the same command goes on from there")
         raise
     if not fitted.plan.observed:
         console.print(f"statistics  {stats} served: no calibration pass", highlight=False)
@@ -198,7 +209,7 @@ def _print_plan(view, plan) -> None:
         highlight=False,
     )
     for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
+        errors.print(f"[yellow]warning:[/] {escape(warning)}")
 
 
 def _print_report(report) -> None:
@@ -218,7 +229,7 @@ def _print_report(report) -> None:
     if report.streamed:
         console.print("streamed from disk: no samples, speed or load time, since generating would take too long")
     for warning in report.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
+        errors.print(f"[yellow]warning:[/] {escape(warning)}")
 
 
 def _size(number: int) -> str:
@@ -237,15 +248,24 @@ def main() -> None:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
-    warnings.showwarning = lambda message, *_args, **_kw: console.print(f"[yellow]warning:[/] {message}")
+    warnings.showwarning = lambda message, *_args, **_kw: errors.print(f"[yellow]warning:[/] {escape(str(message))}")
+    terminated: list[int] = []
+
+    def stop(number: int, _frame: Any) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt  # the same clean-up as after Ctrl-C
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         app()
     except SystemExit as e:
         if e.code == 130:  # what typer makes of Ctrl-C
-            console.print("stopped; nothing half-written is left behind")
+            errors.print("stopped; nothing half-written is left behind")
+            if terminated:
+                sys.exit(128 + signal.SIGTERM)
         raise
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("MOESTRO_TRACEBACK"):
             raise
-        console.print(f"[red]error:[/] {e}", soft_wrap=True)
+        errors.print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True)
         sys.exit(1)

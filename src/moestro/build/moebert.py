@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from moestro.build.equivalent_split import split_ffn
 from moestro.build.in_place import DenseFFN, InnerMoE, find_ffns, hand_contexts, select_neurons
+from moestro.directories import complete_directory
 from moestro.layers.kinds import Kind, make, named
 from moestro.layers.routers import ROUTERS
-from moestro.view.checkpoint import complete_directory
 
 WEIGHTS, DESCRIPTION = "student.safetensors", "student.json"
 """Names that transformers does not look for: it would build the dense class, and draw its neurons anew."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -250,7 +250,7 @@ def _tokenize(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase)
     """The token ids of each document, in order."""
     # Rendered first, all of it, so that a conversation that cannot be is refused before the work of tokenising.
     conversations = {
-        number: _render(document.messages, tokenizer, f"document {number} (domain {document.domain!r})")
+        number: _render(document, tokenizer, f"document {number} (domain {document.domain!r})")
         for number, document in enumerate(documents)
         if document.messages is not None and not document.blank
     }
@@ -280,14 +280,15 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool)
     return encoded["input_ids"]
 
 
-def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def _render(document: Document, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"{where} is a conversation, but the tokenizer has no chat template; "
             "give texts, or set tokenizer.chat_template"
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        messages: Any = document.messages
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **(document.template or {})))
     except Exception as error:  # templates raise whatever they like
         raise ValueError(f"{where}: the tokenizer's chat template rejects it: {error}") from error
 

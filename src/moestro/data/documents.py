@@ -21,6 +21,7 @@ class Document:
     text: the text; None where the document is a conversation.
     messages: chat messages, each with at least `role` and `content`; None where the document is a text.
     domain: the label that results are grouped by.
+    template: what the conversation's chat template is given beside the messages (`tools`, `documents`, ...).
     split: what the source declared (`calibration`, `heldout`, `train`, ...); None where it declared nothing.
     """
 
@@ -28,10 +29,13 @@ class Document:
     messages: list[dict[str, Any]] | None = None
     domain: str = "text"
     split: str | None = None
+    template: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.messages is None):
             raise ValueError("a document has either a text or messages")
+        if self.template and self.messages is None:
+            raise ValueError(f"a text goes through no chat template, so it cannot have {', '.join(self.template)}")
         for number, message in enumerate(self.messages or [], start=1):
             if not isinstance(message, dict) or "role" not in message or not ({"content", "tool_calls"} & set(message)):
                 raise ValueError(f"message {number} is {_short(message)}; each needs `role` and `content`")
@@ -54,7 +58,8 @@ class Document:
         """What the document says: equal for equal contents, whatever the domain and split."""
         if self.text is not None:
             return self.text
-        return json.dumps(self.messages, sort_keys=True, ensure_ascii=False, default=str)
+        said = self.messages if not self.template else [self.messages, self.template]
+        return json.dumps(said, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def split_heldout(

@@ -22,6 +22,16 @@ Source: TypeAlias = "str | Path | Mapping[str, Any] | Document | pl.DataFrame | 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _GZIPPED = (".txt", ".jsonl", ".json")  # read from .gz too
 _TEXT_FIELDS = ("text", "messages")
+_LISTS = ("tools", "documents")  # what chat templates are given beside the messages: lists of objects,
+_SWITCHES = (
+    "enable_thinking",
+    "reasoning_effort",
+    "date_string",
+    "builtin_tools",
+    "chat_template_kwargs",
+)  # and others
+_TEMPLATE_FIELDS = (*_LISTS, *_SWITCHES)
+_RESERVED = ("conversation", "tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
 
@@ -47,9 +57,11 @@ def load_texts(
       a file nor has a known suffix is taken as a text itself; give other texts as `{"text": ...}`.
 
     A record is a text (string) or has `text` or `messages` (chat messages with `role` and `content`), or the one field
-    named by `text_field`; it may have `domain` and `split`. The domain is the record's, else the label, else the
-    argument `domain`, else the file's name without its suffixes (the folder's for .txt files in a folder; a shard
-    number like `-00000-of-00003` is dropped), else `text`.
+    named by `text_field`; it may have `domain` and `split`. Beside messages, `tools` and `documents` (lists of
+    objects, or such a list as JSON), `enable_thinking`, `reasoning_effort`, `date_string`, `builtin_tools` and
+    `chat_template_kwargs` (an object of further arguments) go to the chat template; other fields are left aside. The
+    domain is the record's, else the label, else the argument `domain`, else the file's name without its suffixes (the
+    folder's for .txt files in a folder; a shard number like `-00000-of-00003` is dropped), else `text`.
 
     split: `calibration` gives the documents not declared held out, `heldout` those declared so by `split` being
     heldout, test or validation, `all` both (`split_heldout` then divides them).
@@ -64,12 +76,13 @@ def load_texts(
         raise ValueError(f"a source is a path, a name, a record or a list of these, not a {type(source).__name__}")
     items: Iterable[Any] = [source] if single else source  # type: ignore[assignment]
     groups: dict[str, list[Document]] = {}  # what is in memory counts as one source
+    columnar = type(source).__module__.partition(".")[0] == "datasets"
     for number, item in enumerate(items, start=1):
         if not single and isinstance(item, str) and _is_text(item):
             groups.setdefault("the data", []).append(Document(text=item, domain=domain or "text"))
         else:
             name = str(item) if isinstance(item, str | Path) else "the data"
-            groups.setdefault(name, []).extend(_read(item, domain, text_field, f"record {number}"))
+            groups.setdefault(name, []).extend(_read(item, domain, text_field, f"record {number}", columnar))
     if not groups:
         raise ValueError("the data is an empty list")
 
@@ -89,12 +102,12 @@ def load_texts(
     return chosen
 
 
-def _read(item: Any, domain: str | None, text_field: str | None, where: str) -> Iterator[Document]:
+def _read(item: Any, domain: str | None, text_field: str | None, where: str, columnar: bool) -> Iterator[Document]:
     """The documents of one source, all splits."""
     if isinstance(item, Document):
         yield item
     elif isinstance(item, Mapping):
-        yield _document(item, where, domain or "text", text_field)
+        yield _document(item, where, domain or "text", text_field, columnar)
     elif isinstance(item, pl.DataFrame):
         yield from _frame(item, "the frame", domain or "text", text_field)
     elif isinstance(item, str | Path):
@@ -185,7 +198,7 @@ def _file(path: Path, domain: str, text_field: str | None) -> Iterator[Document]
         try:
             lazy = pl.scan_parquet(path)
             columns = lazy.collect_schema().names()
-            wanted = [name for name in (*_fields(text_field), "domain", "split") if name in columns]
+            wanted = [name for name in (*_fields(text_field), *_TEMPLATE_FIELDS, "domain", "split") if name in columns]
             if not set(wanted) & set(_fields(text_field)):
                 raise ValueError(_missing(str(path), text_field, columns))
             frame = lazy.select(wanted).collect()
@@ -219,7 +232,7 @@ def _frame(frame: pl.DataFrame, name: str, domain: str, text_field: str | None) 
     if frame.is_empty():
         raise ValueError(f"{name} is empty: it has no rows")
     for number, row in enumerate(frame.iter_rows(named=True), start=1):
-        yield _document(row, f"{name}, row {number}", domain, text_field)
+        yield _document(row, f"{name}, row {number}", domain, text_field, columnar=True)
 
 
 def _saved_dataset(folder: Path, domain: str, text_field: str | None) -> Iterator[Document]:
@@ -236,14 +249,19 @@ def _saved_dataset(folder: Path, domain: str, text_field: str | None) -> Iterato
     parts = loaded.items() if isinstance(loaded, Mapping) else [(None, loaded)]
     for split, rows in parts:
         name = f"{folder}/{split}" if split else str(folder)
-        wanted = [column for column in (*_fields(text_field), "domain", "split") if column in rows.column_names]
+        wanted = [
+            column
+            for column in (*_fields(text_field), *_TEMPLATE_FIELDS, "domain", "split")
+            if column in rows.column_names
+        ]
         if not set(wanted) & set(_fields(text_field)):
             raise ValueError(_missing(name, text_field, rows.column_names))
         for number, row in enumerate(rows.select_columns(wanted), start=1):
-            yield _document({"split": split, **row}, f"{name}, row {number}", domain, text_field)
+            yield _document({"split": split, **row}, f"{name}, row {number}", domain, text_field, columnar=True)
 
 
-def _document(record: Any, where: str, domain: str, text_field: str | None) -> Document:
+def _document(record: Any, where: str, domain: str, text_field: str | None, columnar: bool = False) -> Document:
+    """`columnar`: the record is a row, where a key that an object lacks is filled with null."""
     if isinstance(record, str):
         return Document(text=record, domain=domain)
     if not isinstance(record, Mapping):
@@ -257,12 +275,51 @@ def _document(record: Any, where: str, domain: str, text_field: str | None) -> D
         if isinstance(value, str):
             return Document(text=value, **own)
         if isinstance(value, list):
-            # Columnar formats fill keys that a message lacks with null; chat templates test for their presence.
-            bare = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in value]
-            return Document(messages=bare, **own)
+            template = _template(record, columnar)
+            return Document(messages=[_message(m, columnar) for m in value], template=template or None, **own)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     raise ValueError(f"{where}: field {field!r} is a {type(value).__name__}; it must be a text or a list of messages")
+
+
+def _message(message: Any, columnar: bool) -> Any:
+    """A message without null keys: chat templates test for their presence. `content: null` stays beside tool calls."""
+    if not isinstance(message, dict):
+        return message
+    kept = {k: _without_nulls(v) if columnar else v for k, v in message.items() if v is not None}
+    if message.get("tool_calls") and "content" in message:
+        kept.setdefault("content", None)
+    return kept
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _template(record: Mapping[str, Any], columnar: bool) -> dict[str, Any]:
+    """What the record gives its chat template. Raises ValueError where that cannot be given."""
+    found: dict[str, Any] = {}
+    for name in _TEMPLATE_FIELDS:
+        value = record.get(name)
+        if isinstance(value, str) and (name in _LISTS or name == "chat_template_kwargs"):
+            try:
+                value = json.loads(value) if value.strip() else None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"field {name!r} is a text that is not JSON: {error.msg}") from error
+        if value is None:
+            continue
+        if name in _LISTS and not (isinstance(value, list) and all(isinstance(v, Mapping) for v in value)):
+            raise ValueError(f"field {name!r} is {str(value)[:60]!r}; it must be a list of objects, or that as JSON")
+        if name == "chat_template_kwargs" and not isinstance(value, Mapping):
+            raise ValueError(f"field {name!r} is a {type(value).__name__}; it must be an object")
+        value = _without_nulls(value) if columnar else value
+        if value or name in _SWITCHES:
+            found |= value if name == "chat_template_kwargs" else {name: value}
+    if taken := sorted(set(found) & set(_RESERVED)):
+        raise ValueError(f"chat_template_kwargs has {taken[0]!r}, which says how text is tokenised; leave it out")
+    return found
 
 
 def _label(value: Any, default: str | None) -> Any:

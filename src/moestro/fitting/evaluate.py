@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.data import TokenBatch
+from moestro.data import TokenBatch, TokenBatches
 from moestro.view.events import Batch, MoEEvent
 from moestro.view.observe import as_batch, progress_bar
 
@@ -20,6 +22,34 @@ LOGIT_BYTES = 512 * 2**20
 FP32_BYTES = 64 * 2**20
 """Logits are made fp32 in parts of this size."""
 NO_TARGET = -100
+ENOUGH_PREDICTIONS = 500
+"""Predicted tokens below which a held-out loss is called uncertain: at a spread of 2 nats from token to token, the
+mean then has a standard error of some 0.1."""
+
+
+def check_heldout(batches: TokenBatches, domains: Iterable[str]) -> None:
+    """Refuse held-out data without predictions in one of its domains, and warn where they are few.
+
+    A token is predicted where its window has one before it. `domains`: those that must be there.
+
+    Raises ValueError that names the domain and its numbers.
+    """
+    tokens = batches.tokens_by_domain
+    windows = Counter(batches.domains[d] for b in batches.plan for d in batches.domain[b].tolist())
+    predicted = {name: count - windows[name] for name, count in tokens.items()}
+    for name in [*domains, *tokens]:
+        if predicted.get(name, 0) < 1:
+            raise ValueError(
+                f"the held-out part of {name!r} has {tokens.get(name, 0)} tokens, of which {predicted.get(name, 0)} "
+                "can be predicted, so there is no loss to measure; give more or longer texts, or raise heldout_tokens"
+            )
+    if few := {name: n for name, n in predicted.items() if n < ENOUGH_PREDICTIONS}:
+        stated = ", ".join(f"{name!r} {n:,}" for name, n in few.items())
+        warnings.warn(
+            f"held-out losses of {stated} predicted tokens are uncertain: below {ENOUGH_PREDICTIONS:,} a mean is off "
+            "by some 0.1 nats; give more texts, or raise heldout_tokens",
+            stacklevel=3,
+        )
 
 
 def batch_tokens(config: Any) -> int:
@@ -60,8 +90,10 @@ class HeldoutLoss:
             sums[1] += count
 
     def result(self) -> dict[str, tuple[float, int]]:
-        """Raises FloatingPointError where a domain's loss is not finite."""
-        losses = {name: (loss / max(n, 1), int(n)) for name, (loss, n) in self._sums.items()}
+        """Raises FloatingPointError where a domain's loss is not finite, ValueError where it has no predictions."""
+        if blind := [name for name, (_, n) in self._sums.items() if not n]:
+            raise ValueError(f"not one token of {blind[0]!r} is predicted: there is no loss; give longer texts")
+        losses = {name: (loss / n, int(n)) for name, (loss, n) in self._sums.items()}
         for name, (mean, _) in losses.items():
             if not mean < float("inf"):
                 raise FloatingPointError(f"the loss on {name!r} is {mean}: the model gives NaN or infinite logits")

@@ -32,7 +32,8 @@ from moestro.data import (
     split_heldout,
     token_batches,
 )
-from moestro.fitting.evaluate import HeldoutLoss, batch_tokens, continuations, tokens_per_second
+from moestro.directories import complete_directory, public_name, some_path
+from moestro.fitting.evaluate import HeldoutLoss, batch_tokens, check_heldout, continuations, tokens_per_second
 from moestro.fitting.memory import check_fits
 from moestro.fitting.plan import Plan, make_plan
 from moestro.fitting.result import Cost, DomainLoss, FitReport, LayerChoice, Sample
@@ -40,7 +41,7 @@ from moestro.fitting.work import Work
 from moestro.formats.card import write_card
 from moestro.recipe import annotate
 from moestro.report import write_fit_page
-from moestro.view.checkpoint import complete_directory
+from moestro.view.checkpoint import source_directories
 from moestro.view.observe import ExpertCounts
 from moestro.view.saving import check_format
 
@@ -107,6 +108,9 @@ def read_data(
         )
         for part, limit in ((calibration, calibration_tokens), (heldout, heldout_tokens))
     ]
+    if missing := [name for name in task if not batches[0].tokens_by_domain.get(name)]:
+        raise ValueError(f"the calibration part of {missing[0]!r} has no token; give it more texts")
+    check_heldout(batches[1], task)
     return FitData(batches[0], batches[1], heldout, task)
 
 
@@ -141,6 +145,7 @@ def fit(
     work: str | Path | None = None,
     stats: str | Path | None = None,
     protect: Collection[tuple[int, int]] = (),
+    publish_samples: bool = False,
     calibration_tokens: int = 50_000,
     heldout_tokens: int = 8_000,
     max_length: int | None = None,
@@ -170,22 +175,28 @@ def fit(
             the same data, to another budget or by another saliency that these statistics can serve, is not calibrated
             again. They are saved beside the report in `out` too, which can be named here as well.
         protect: (decoder layer, expert) pairs that are never dropped.
+        publish_samples: write held-out prompts and their continuations into report.json and report.html, which lie
+            beside the checkpoint. Otherwise no text of the user is in any file; `Fitted.report` has them either way.
         calibration_tokens, heldout_tokens: limits per domain.
 
     Raises:
         ValueError: a dense model, an impossible budget, a cut or checkpoint that cannot be made (see
             `ExpertView.check`), unusable data, a checkpoint larger than memory without `stream`, `stats` of another
-            model or data; before anything is observed, changed or written. Or `work` belongs to another fit.
-        FileExistsError: `out` exists and `overwrite` is off.
+            model or data, `out` or `work` that is, holds or lies in the model's directory; before anything is observed,
+            changed or written. Or `work` belongs to another fit.
+        FileExistsError: `out` exists and `overwrite` is off, or holds files that moestro did not write.
+        BlockingIOError: another run is writing to `out` or `work`.
     """
-    out = Path(out) if out is not None else None
+    out = some_path(out, "out") if out is not None else None
     stream = stream or getattr(model, "streamed", False)
-    kept = Work(work_directory(out, work, stream), out)
+    sources = model_directories(model)
+    kept = Work(work_directory(out, work, stream), out, sources)
     with ExitStack() as cleanup:
+        cleanup.enter_context(kept.held())
         half = None
         if out is not None:
-            place = kept.published(out, overwrite=overwrite) if stream else complete_directory(out, overwrite=overwrite)
-            half = cleanup.enter_context(place)
+            place = kept.published if stream else complete_directory
+            half = cleanup.enter_context(place(out, overwrite=overwrite, apart_from=sources))
         view = open_model(model, tokenizer=tokenizer, stream=stream)
         check_format(format, view.source)
         limits: dict[str, Any] = dict(
@@ -214,9 +225,10 @@ def fit(
             if plan.statistics is not None:
                 plan.statistics.save(half)
             annotate(half, statistics="statistics.json", note=f"{plan.request}, by {plan.saliency}")
-            (half / "report.json").write_text(report.model_dump_json(indent=1))
-            write_fit_page(report, half / "report.html")
-            write_card(half, report.model_dump())
+            public = report if publish_samples else report.without_samples()
+            (half / "report.json").write_text(public.model_dump_json(indent=1))
+            write_fit_page(public, half / "report.html")
+            write_card(half, public.model_dump())
     if stream and out is not None:
         view = opening.open(out, stream=True)  # it has moved
     if work is None:
@@ -238,7 +250,16 @@ def work_directory(out: Path | None, work: str | Path | None, stream: bool) -> P
         raise ValueError(f"work={str(work)!r} is of use to a streamed fit alone: pass --stream (stream=True)")
     if work is None and stream and out is not None:
         return out.absolute().with_name(f"{out.name}.work")
-    return Path(work) if work is not None else None
+    return some_path(work, "work") if work is not None else None
+
+
+def model_directories(model: Any) -> list[Path]:
+    """The directories that `model`, as `fit` takes it, is read from: none for a name on the hub."""
+    if isinstance(model, str | Path):
+        path = Path(model) if Path(model).exists() else bundled_path(str(model))
+        return [path] if path is not None and path.is_dir() else []
+    view_path = getattr(model, "path", None)  # of a streamed view
+    return [view_path] if isinstance(view_path, Path) else source_directories(getattr(model, "model", model))
 
 
 def _written(view: Any, half: Path, format: str, *, last: bool) -> Any:
@@ -316,8 +337,11 @@ def _prompts(texts: FitData) -> list[tuple[str, str, str]]:
 
 
 def _name(model: Any) -> str:
-    """What a model from memory is called: where it was loaded from, else its class."""
-    return getattr(model.config, "_name_or_path", "") or type(model).__name__
+    """What a model is called in a report: its name on the hub, its directory's name, else its class."""
+    if not isinstance(model, str | Path):
+        model = getattr(model, "model", model)
+        model = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return public_name(str(model))
 
 
 def _report(
@@ -330,7 +354,7 @@ def _report(
     *,
     streamed: bool,
 ) -> FitReport:
-    name = str(model) if isinstance(model, str | Path) else _name(getattr(model, "model", model))
+    name = _name(model)
     domains = sorted(before.losses, key=lambda domain: domain not in texts.task)
     served = before.served.result()
     layers = []

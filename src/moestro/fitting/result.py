@@ -83,12 +83,18 @@ class FitReport(BaseModel):
     before: Cost
     after: Cost
     samples: list[Sample]
+    samples_withheld: bool = False
+    """Whether there were samples, which hold text of the user, and they were not to be written."""
     streamed: bool = False
     """Whether the models were run layer by layer from disk, which is too slow to generate with."""
     warnings: list[str]
     date: datetime
     versions: dict[str, str]
     machine: str
+
+    def without_samples(self) -> FitReport:
+        """The same record without any text of the user."""
+        return self.model_copy(update={"samples": [], "samples_withheld": bool(self.samples)})
 
     def mean_loss(self, *, task: bool) -> tuple[float, float] | None:
         """Mean over the domains of the task, or of the rest: (before, after). None where there are none."""

@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import moestro.view.open as opening
-from moestro.view.checkpoint import complete_directory
+from moestro.directories import check_apart, complete_directory, lock
 
 PASSES = ("calibration", "before", "after")
 
@@ -26,15 +26,23 @@ PASSES = ("calibration", "before", "after")
 class Work:
     """A work directory. `path=None`: nothing is kept.
 
-    Raises ValueError where it and the output directory `out` lie in each other.
+    Raises ValueError where it and the output directory `out`, or it and one of `sources`, lie in each other.
     """
 
-    def __init__(self, path: Path | None, out: Path | None):
+    def __init__(self, path: Path | None, out: Path | None, sources: Sequence[Path] = ()):
         self.path = path
+        if path is not None:
+            check_apart(path, sources, "work")
+            if path.exists() and not path.is_dir():
+                raise FileExistsError(f"work={path} is a file, not a directory; choose another name")
         if path is not None and out is not None:
             mine, theirs = path.resolve(), out.resolve()
             if mine.is_relative_to(theirs) or theirs.is_relative_to(mine):
                 raise ValueError(f"work={path} and out={out} lie in each other; choose another directory for one")
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other runs from this directory. Raises BlockingIOError where one has it."""
+        return nullcontext() if self.path is None else lock(self.path)
 
     def directory(self, name: str) -> Path | None:
         """Where the pass `name` keeps its state."""
@@ -72,19 +80,13 @@ class Work:
             self.path.rmdir()
 
     @contextmanager
-    def published(self, out: str | Path, *, overwrite: bool) -> Iterator[Path]:
+    def published(self, out: str | Path, *, overwrite: bool, apart_from: Sequence[Path] = ()) -> Iterator[Path]:
         """The checkpoint's directory, which moves to `out` when the block ends well and stays for later when not.
 
-        Raises FileExistsError as `complete_directory` does, before anything else.
+        Raises what `complete_directory` does, before anything else.
         """
         assert self.path is not None
-        with suppress(_Allowed), complete_directory(out, overwrite=overwrite):
-            raise _Allowed
-        yield self.path / "fitted"
-        with complete_directory(out, overwrite=overwrite) as half:
+        with complete_directory(out, overwrite=overwrite, apart_from=apart_from) as half:
+            yield self.path / "fitted"
             half.rmdir()
             shutil.move(self.path / "fitted", half)
-
-
-class _Allowed(Exception):
-    """The directory may be written; nothing has been."""

@@ -56,6 +56,7 @@ class MoE(nn.Module):
         if hasattr(self, "shared"):
             out = out + self.shared(flat)
         if self.training and self._terms:
+            self.losses_have_gradient = torch.is_grad_enabled()
             probabilities = self.router.probabilities(routing.logits)
             self.losses = {
                 name: coefficient * LOSSES[name](routing, probabilities, context, **options)
@@ -72,9 +73,21 @@ def _term(name: str, value: float | Mapping[str, Any]) -> tuple[float, dict[str,
 
 
 def gather_losses(model: nn.Module) -> dict[str, Float[Tensor, ""]]:
-    """{name: sum over modules} of the losses that the last forward in training mode left, coefficients included."""
+    """{name: sum over modules} of the losses that the last forward in training mode left, coefficients included.
+
+    Raises ValueError where that forward ran without gradient, as under reentrant gradient checkpointing: these losses
+    would train nothing.
+    """
     total: dict[str, Tensor] = {}
-    for module in model.modules():
+    for name, module in model.named_modules():
+        found = (getattr(module, "losses", None) or {}).values()
+        lost = torch.is_grad_enabled() and not getattr(module, "losses_have_gradient", True)
+        if lost and found and not any(loss.requires_grad for loss in found):
+            raise ValueError(
+                f"the losses of {name or type(module).__name__} were computed without gradient: under reentrant "
+                'gradient checkpointing pass gradient_checkpointing_kwargs={"use_reentrant": False}, and call '
+                "gather_losses under torch.no_grad() where no gradient is wanted"
+            )
         for name, loss in (getattr(module, "losses", None) or {}).items():
             total[name] = total[name] + loss if name in total else loss
     return total

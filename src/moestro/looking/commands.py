@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
 
 def look(
@@ -37,13 +37,17 @@ def look(
     stream: Annotated[
         bool, typer.Option("--stream", help="run the model layer by layer from disk: for one larger than memory")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing look")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace an existing look; refused where OUT holds more")
+    ] = False,
 ) -> None:
     """See what every expert of a mixture-of-experts model does with your texts: one pass, one page.
 
     Load, specialisation by domain, divergence from a reference, experts that work together, what a cache of experts
     would find, the depth at which domains can be read off, super experts, retrieval heads, and a routing profile for
     runtimes that keep hot experts on the fast device; every finding beside its control or interval.
+
+    The page is for you: it names the domains and shows tokens of your texts. Read it before you pass it on.
 
     Examples:
 
@@ -55,9 +59,7 @@ def look(
     """
     from moestro.looking import pipeline
 
-    target = out or Path(f"{Path(model).name}-look")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another directory with --out, or pass --overwrite")
+    target = Path(f"{Path(model).name}-look") if out is None else out
     report = pipeline.look(
         model,
         data or list(pipeline.DEFAULT_DATA),
@@ -75,7 +77,7 @@ def look(
         for line in section.findings or (section.absent,):
             console.print(f"  {line}", highlight=False)
     for warning in report.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
+        errors.print(f"[yellow]warning:[/] {warning}")
     console.print(f"\npage  {target / pipeline.PAGE}", highlight=False)
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from moestro.data import TokenBatches, limit_tokens, load_texts, token_batches
-from moestro.fitting.pipeline import MAX_LENGTH, open_model
+from moestro.directories import complete_directory, public_name
+from moestro.fitting.pipeline import MAX_LENGTH, model_directories, open_model
 from moestro.looking.collect import Collected, collect
 from moestro.looking.depth import depth_section
 from moestro.looking.divergence import divergence_section
@@ -31,7 +32,6 @@ from moestro.looking.outliers import outliers_section
 from moestro.looking.pairs import pairs_section
 from moestro.looking.result import LookReport, Section
 from moestro.report import write_look_page
-from moestro.view.checkpoint import complete_directory
 from moestro.view.observe import progress_bar
 
 DEFAULT_MODEL = "quartet"
@@ -87,7 +87,8 @@ def look(
     with ExitStack() as cleanup:
         half = None
         if out is not None:
-            place = complete_directory(out, overwrite=overwrite, known_by=PAGE, kind="a look")
+            apart = model_directories(model)
+            place = complete_directory(out, overwrite=overwrite, known_by=PAGE, kind="a look", apart_from=apart)
             half = cleanup.enter_context(place)
         view = open_model(model, tokenizer=tokenizer, stream=stream)
         chosen = check_layers(view, layers)
@@ -147,7 +148,7 @@ def conclude(model: Any, seen: Collected, *, progress: bool = True) -> LookRepor
     sections += [heads_section(seen, progress=progress), profile_section(seen)]
     path = model if isinstance(model, str | Path) else getattr(view.model.config, "_name_or_path", "")
     return LookReport(
-        model=str(path) or type(view.model).__name__,
+        model=public_name(str(path)) if str(path) else type(view.model).__name__,
         layers=seen.sizes,
         top_k=tuple(sorted({layer.top_k for layer in view.layers})),
         tokens={name: n for name, n in seen.batches.tokens_by_domain.items() if n},

@@ -148,7 +148,11 @@ One with a method `at(x, context)` says where the block looks in the place of x.
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward part, each behind a norm. Routing state and memory go in and come out by value."""
+    """Attention and feed-forward part, each behind a norm. Routing state and memory go in and come out by value.
+
+    Under gradient checkpointing, the routers' losses are outputs too, and all of these are tensors by position: what
+    lies in a dict or on a module loses its gradient where the checkpoint is reentrant.
+    """
 
     def __init__(self, config: MoELMConfig, layer: int, common: Common):
         super().__init__()
@@ -166,16 +170,41 @@ class DecoderLayer(GradientCheckpointingLayer):
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
             self.residual = PlainResidual(config, layer)
 
-    def forward(
+    def run(
         self, hidden: Tensor, state: dict[str, Tensor], context: RoutingContext, **attention: Any
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
+        """(hidden states, routing state, memory) behind the layer."""
+        hidden, names, *values = self(hidden, context, tuple(state), *state.values(), **attention)
+        states, memories, losses = names
+        tensors = iter(values)
+        state = {name: next(tensors) for name in states}
+        memory = None if memories is None else {name: next(tensors) for name in memories}
+        for module, its in losses:
+            self.get_submodule(module).losses = {name: next(tensors) for name in its}  # type: ignore[assignment]
+        return hidden, state, memory
+
+    def forward(
+        self, hidden: Tensor, context: RoutingContext, names: tuple[str, ...], *values: Tensor, **attention: Any
+    ) -> tuple[Any, ...]:
+        """Hidden states, the names of what follows, and then tensors: routing state, memory, losses."""
+        state = dict(zip(names, values, strict=True))
+        checkpointed = self.gradient_checkpointing and self.training
+        former = {n: m.losses for n, m in self.named_modules() if hasattr(m, "losses")} if checkpointed else {}
         attended, weights = self.self_attn(self.input_layernorm(hidden), **attention)
         hidden = hidden + attended
         memory = None if context.memory is None else dict(context.memory)
-        here = replace(context, layer=self.index, state=dict(state), attentions=weights, memory=memory)
-        at = self.residual.at(hidden, here) if hasattr(self.residual, "at") else hidden
-        out = self.mlp(self.post_attention_layernorm(at), here)
-        return self.residual(hidden, out, here), here.state, here.memory
+        here = replace(context, layer=self.index, state=state, attentions=weights, memory=memory)
+        at = self.residual.at(hidden, here) if hasattr(self.residual, "at") else hidden  # type: ignore[operator]
+        out = self.residual(hidden, self.mlp(self.post_attention_layernorm(at), here), here)
+        now: dict[str, Any] = {name: self.get_submodule(name).losses for name in former}
+        left = {name: losses for name, losses in now.items() if losses is not former[name]}
+        told = (
+            tuple(here.state),
+            None if here.memory is None else tuple(here.memory),
+            tuple((n, tuple(losses)) for n, losses in left.items()),
+        )
+        parts = (here.state, here.memory or {}, *left.values())
+        return (out, told, *(tensor for part in parts for tensor in part.values()))
 
 
 class MoELMPreTrainedModel(PreTrainedModel):
@@ -282,7 +311,7 @@ class MoELMModel(MoELMPreTrainedModel):
         past = past_key_values if isinstance(past_key_values, RoutingCache) else None
         for i, layer in enumerate(self.layers):
             here = context if past is None else replace(context, memory=past.remembered(i))
-            hidden, state, memory = layer(hidden, state, here, **attention, **kwargs)
+            hidden, state, memory = layer.run(hidden, state, here, **attention, **kwargs)  # type: ignore[operator]
             if past is not None:
                 past.remember(i, memory)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
@@ -328,8 +357,10 @@ class MoELMForCausalLM(MoELMPreTrainedModel, GenerationMixin):
         aux_loss = torch.stack(losses).sum() if losses else None
         loss = None
         if labels is not None:
+            items = kwargs.get("num_items_in_batch")
+            if items is not None and aux_loss is not None:  # of a batch that comes in parts: weigh as this part does
+                aux_loss = aux_loss * (labels[..., 1:] != -100).sum() / items
             if fused:
-                items = kwargs.get("num_items_in_batch")
                 loss, _ = next_token_loss(hidden, self.lm_head.weight, labels, num_items_in_batch=items)
             else:
                 loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)

@@ -104,6 +104,7 @@ class MonetRouter(nn.Module):
             self._gates(hidden, self.left, self.left_norm, real), self._gates(hidden, self.right, self.right_norm, real)
         )
         if self.training:
+            self.losses_have_gradient = torch.is_grad_enabled()
             losses = {"uniformity": uniformity(parts, real), "ambiguity": ambiguity(parts, real)}
             self.losses = {f"monet_{name}": self.coefficients[name] * loss for name, loss in losses.items()}
         return parts

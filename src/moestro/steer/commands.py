@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-console = Console()
+console, errors = Console(), Console(stderr=True)
 steer = typer.Typer(
     no_args_is_help=True, help="Make, learn and read steering files: what to change in a running model."
 )
@@ -177,7 +177,7 @@ def learn(
         table.add_row(*map(str, row))
     console.print(table)
     if doubtful := sum(chance[member] > 0.05 for member in found):
-        console.print(
+        errors.print(
             f"[yellow]warning:[/] {doubtful} of {top} may be there by chance (p > 0.05, corrected for the "
             f"{len(places)} experts looked at); give more texts, or a smaller --top"
         )
@@ -228,6 +228,11 @@ def _short(values: Any, limit: int = 300) -> str:
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
+    from moestro.directories import some_path
+
+    some_path(out, "out")
+    if out.is_dir():
+        raise FileExistsError(f"{out} is a directory, not a file; choose another name with --out")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another file with --out, or pass --overwrite")
     if not out.parent.exists():

@@ -1,17 +1,9 @@
-"""What a plain checkpoint of a model would be, and the directory that it is written into.
-
-A save goes to a directory beside the target and is moved into place when it is complete, so a killed run leaves no
-half checkpoint.
-"""
+"""What a plain checkpoint of a model would be."""
 
 from __future__ import annotations
 
 import copy
-import errno
-import shutil
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,46 +106,7 @@ def saved_bytes(model: nn.Module) -> int:
     return sum(seen.values())
 
 
-@contextmanager
-def complete_directory(
-    path: str | Path, *, overwrite: bool, size: int = 0, known_by: str = "config.json", kind: str = "a checkpoint"
-) -> Iterator[Path]:
-    """A directory to write into that appears at `path` when the block ends well, and not at all when it does not.
-
-    `known_by`: the file by which a directory of this `kind` is known, so that no other is overwritten.
-
-    Raises:
-        FileExistsError: `path` is there and not to be overwritten, or it holds something of another kind.
-        OSError: the disk cannot hold `size` bytes; checked before, and told clearly when it fills up on the way.
-    """
-    path = Path(path).absolute()
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another directory or pass overwrite (--overwrite)")
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file, not a directory; choose another name")
-    if Path.cwd().is_relative_to(path) or Path.home().is_relative_to(path):
-        raise FileExistsError(f"{path} is not overwritten: all its other files would be lost; choose another directory")
-    if path.exists() and any(path.iterdir()) and not (path / known_by).exists():
-        raise FileExistsError(f"{path} holds something else than {kind}; delete it or choose another directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise OSError(errno.ENOSPC, f"{path} needs {size:,} bytes and the disk has {free:,} left; nothing was written")
-    work = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    half, old = work / f"new-{path.name}", work / path.name
-    try:
-        half.mkdir(parents=True)
-        yield half
-        for file in half.rglob("*.safetensors"):  # the library makes its files for their owner alone
-            file.chmod(half.stat().st_mode & 0o666)
-        if path.exists() and overwrite:
-            path.rename(old)
-        half.rename(path)
-    except BaseException as e:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        if (isinstance(e, OSError) and e.errno == errno.ENOSPC) or "No space left" in str(e):
-            raise OSError(errno.ENOSPC, f"the disk filled up while writing {path}; nothing is left behind") from e
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def source_directories(model: Any) -> list[Path]:
+    """The directory that a model in memory was loaded from, where it was loaded from one that is still there."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return [Path(name)] if name and Path(name).is_dir() else []

@@ -256,8 +256,10 @@ class ExpertView(HeadView):
             not changed keeps its very bytes.
 
         Raises:
-            ValueError: the model cannot be stored as such a checkpoint; says why and what can be done.
-            FileExistsError: the directory is there and `overwrite` is off.
+            ValueError: the model cannot be stored as such a checkpoint; says why and what can be done. Or `path` is,
+                lies in or holds the directory that the model was loaded from.
+            FileExistsError: the directory is there and `overwrite` is off, or holds files that moestro did not write.
+            BlockingIOError: another run is writing there.
             OSError: the disk cannot hold it. Nothing is left behind.
         """
         check_no_adapters(self.model)

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moestro.directories import complete_directory
 from moestro.formats import hf
 from moestro.formats.card import CARD, LICENCE, NOTES, base_model, front_matter, write_card
 from moestro.formats.companions import write_companions
@@ -26,7 +27,7 @@ from moestro.formats.source import Source, quantisation_of, stated_in
 from moestro.formats.stated_config import changed_numbers, part_for, stated_config
 from moestro.formats.tensors import SHARD_BYTES, Writer, header, weight_files
 from moestro.formats.unread import Unread, in_words, sort_unread, state_no_predictors
-from moestro.view.checkpoint import complete_directory, plain_config, saved_bytes
+from moestro.view.checkpoint import plain_config, saved_bytes, source_directories
 from moestro.view.experts import experts_of
 from moestro.view.router_axes import router_tensors
 from moestro.view.surgery import EXPERT_COUNT, TOP_K
@@ -64,7 +65,8 @@ def save(view: Any, path: str | Path, *, format: str, overwrite: bool, shard_byt
     plan = draft(view, format)
     for told in plan.told:
         warnings.warn(told, stacklevel=3)
-    with complete_directory(path, overwrite=overwrite, size=plan.nbytes) as half:
+    apart = [view.state.source] if view.state.source is not None else source_directories(view.model)
+    with complete_directory(path, overwrite=overwrite, size=plan.nbytes, apart_from=apart) as half:
         write(view, plan, half, shard_bytes=shard_bytes)
     return Path(path)
 

@@ -314,8 +314,9 @@ class StreamView(ExpertView):
         The files are those that `ExpertView.save` writes; weights are split at `shard_bytes`.
 
         Raises:
-            ValueError: the model cannot be stored as such a checkpoint; says why and what can be done.
-            FileExistsError: the directory is there and `overwrite` is off.
+            ValueError: the model cannot be stored as such a checkpoint; says why and what can be done. Or `path` is,
+                lies in or holds the model's own directory.
+            FileExistsError: the directory is there and `overwrite` is off, or holds files that moestro did not write.
             OSError: the disk cannot hold it. Nothing is left behind.
         """
         return saving.save(self, path, format=format, overwrite=overwrite, shard_bytes=shard_bytes)

@@ -41,19 +41,22 @@ TOP_K = re.compile(r"^(?!.*(group|index)).*(top_?k|per_tok(en)?|moe_k)(_experts)
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done: tensors that are cut cannot be put back."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # then no KeyboardInterrupt is raised here
+    """Hold Ctrl-C and SIGTERM back until the block is done: tensors that are cut cannot be put back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals raise in the main thread alone
         return
-    pressed: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    raising = {number: handler for number, handler in before.items() if callable(handler)}
+    came: list[int] = []
+    for number in raising:
+        signal.signal(number, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed:
-            signal.raise_signal(signal.SIGINT)
+        for number, handler in raising.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def resolve(layers: Sequence[MoELayer], name: str) -> MoELayer:
