@@ -32,7 +32,7 @@ _KNOWN = frozenset([*_FUSED, *(f"{name}_bias" for name in _FUSED)])
 
 class Experts(Protocol):
     """What an experts module offers. moestro's surgery calls `num_experts`, `nbytes` and `slice`; a module that has all
-    three is taken as it is, any other needs `expert_axes` or transformers' experts interface to be found.
+    three is taken as it is, any other is found by transformers' experts interface, which its forward goes through.
 
     Optional members, which have a meaning of their own where they are absent:
 
