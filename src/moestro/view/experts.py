@@ -32,7 +32,7 @@ _KNOWN = frozenset([*_FUSED, *(f"{name}_bias" for name in _FUSED)])
 
 class Experts(Protocol):
     """What an experts module offers. moestro's surgery calls `num_experts`, `nbytes` and `slice`; a module that has all
-    three is taken as it is, any other needs `expert_axes` or transformers' experts interface to be found.
+    three is taken as it is, any other is found by transformers' experts interface, which its forward goes through.
 
     Optional members, which have a meaning of their own where they are absent:
 
@@ -97,8 +97,11 @@ class FusedExperts:
 
     @property
     def num_experts(self) -> int:
-        owner, name, axis = next(_declared(self.module), None) or _stacked(self.module)
-        return getattr(owner, name).shape[axis]
+        first = _first(self.module)
+        if first is None:
+            raise ValueError(f"{type(self.module).__name__} holds no experts: it has none of {', '.join(_FUSED)}")
+        name, axis = first
+        return getattr(self.module, name).shape[axis]
 
     def per_expert(self) -> list[PerExpert]:
         """Every tensor with one entry per expert, those of submodules included."""
@@ -224,11 +227,7 @@ def dispatches(module: nn.Module) -> bool:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether the module offers the contract of `Experts`, by itself or through the adapter."""
-    if offers_contract(module):
-        return True
-    if next(_declared(module), None) is not None:
-        return True
-    return dispatches(module) and any(getattr(module, name, None) is not None for name in _FUSED)
+    return offers_contract(module) or (dispatches(module) and _first(module) is not None)
 
 
 def num_experts_of(experts: nn.Module) -> int:
@@ -250,18 +249,10 @@ def own_tensors(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _declared(module: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
-    for owner in module.modules():
-        for name, axis in (axes_of(owner) or {}).items():
-            if isinstance(getattr(owner, name, None), Tensor):
-                yield owner, name, axis
-
-
-def _stacked(module: nn.Module) -> tuple[nn.Module, str, int]:
-    for name in _FUSED:
-        if getattr(module, name, None) is not None:
-            return module, name, 0
-    raise ValueError(f"{type(module).__name__} holds no experts: it has none of {', '.join(_FUSED)}")
+def _first(module: nn.Module) -> tuple[str, int] | None:
+    """An own tensor with one entry per expert, and its axis: as declared, else by the interface's names."""
+    known = axes_of(module) or dict.fromkeys(_FUSED, 0)
+    return next(((name, axis) for name, axis in known.items() if getattr(module, name, None) is not None), None)
 
 
 def undo_all(done: Sequence[Undo]) -> None:
