@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from moestro.formats import hf
 from moestro.formats.card import CARD, LICENCE, NOTES, base_model, front_matter, write_card
-from moestro.formats.companions import write_companions
+from moestro.formats.companions import same_generation, write_companions
 from moestro.formats.quantised import activation_scales
 from moestro.formats.source import Source, quantisation_of, stated_in
 from moestro.formats.stated_config import changed_numbers, part_for, stated_config
@@ -74,8 +74,9 @@ def draft(view: Any, format: str = "hf") -> Draft:
     config = plain_config(view.model, view.stack, view.layers)
     config.dtype = str(view.model.dtype).removeprefix("torch.")
     config.architectures = [type(view.model).__name__]
-    if view.model.can_generate() and view.model.generation_config is not None:
-        view.model.generation_config.validate(strict=True)
+    generation = _generation_config(view)
+    if generation is not None and not (source is not None and same_generation(source.path, generation)):
+        generation.validate(strict=True)  # transformers refuses to write one that contradicts itself
     stated, opened = _stated_by(source, config)
     unread = _unread(view, source, cut=_is_cut(config, opened))
     told = [f"left out, because {why}: {in_words(names)}" for why, names in unread.left_out.items()]
@@ -92,6 +93,10 @@ def draft(view: Any, format: str = "hf") -> Draft:
         layout = _layout(view, source if requantised else None)
     layout |= _carried_layout(unread, source, raw=requantised)
     return Draft(format, source, config, written, layout, unread, requantised, told)
+
+
+def _generation_config(view: Any) -> Any:
+    return view.model.generation_config if view.model.can_generate() else None
 
 
 def check_format(format: str, source: Source | None) -> None:
@@ -212,8 +217,8 @@ def write(view: Any, plan: Draft, directory: Path, *, shard_bytes: int = SHARD_B
     """
     text = json.dumps(plan.stated, indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
-    generation = view.model.generation_config if view.model.can_generate() else None
-    write_companions(directory, plan.source.path if plan.source else None, view.tokenizer, generation)
+    beside = plan.source.path if plan.source is not None else None
+    write_companions(directory, beside, view.tokenizer, _generation_config(view))
     (directory / NOTES).write_text(json.dumps(_notes(view, plan), indent=1), encoding="utf-8")
     write_card(directory)
     writer = Writer(directory, plan.layout, shard_bytes=shard_bytes)
