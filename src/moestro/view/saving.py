@@ -23,7 +23,7 @@ from moestro.formats.card import CARD, LICENCE, NOTES, base_model, front_matter,
 from moestro.formats.companions import same_generation, write_companions
 from moestro.formats.quantised import activation_scales
 from moestro.formats.source import Source, quantisation_of, stated_in
-from moestro.formats.stated_config import changed_numbers, part_for, stated_config
+from moestro.formats.stated_config import changed_numbers, part_for, read_config, stated_config
 from moestro.formats.tensors import SHARD_BYTES, Writer, header, weight_files
 from moestro.formats.unread import Unread, in_words, sort_unread, state_no_predictors
 from moestro.view.checkpoint import complete_directory, plain_config, saved_bytes
@@ -119,7 +119,7 @@ def check_format(format: str, source: Source | None) -> None:
 def _stated_by(source: Source | None, config: Any) -> tuple[dict[str, Any] | None, Any]:
     """(what the source states for a model of this config, the config that transformers reads from it)"""
     stated = part_for(config, source.stated) if source is not None else None
-    return stated, type(config).from_dict(json.loads(json.dumps(stated))) if stated is not None else None
+    return stated, read_config(type(config), stated) if stated is not None else None
 
 
 def _is_cut(config: Any, opened: Any) -> bool:
