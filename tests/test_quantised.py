@@ -1,6 +1,9 @@
 """Quantised checkpoints: read right, cut, saved plain or in their own format, from memory as streamed."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -311,3 +314,23 @@ def test_fp8_blocks_are_within_a_sixteenth(dtype: torch.dtype, power_of_two: boo
     assert bool((error <= weights.abs() / 16 + 1e-4).all())
     if dtype == torch.float32 and power_of_two:
         assert torch.equal(scale.log2(), scale.log2().round())
+
+
+def test_a_hub_name_opens_from_the_hubs_cache(sources: dict[str, Path], tmp_path: Path) -> None:
+    """In a process of its own, since the place of the cache is read once."""
+    snapshot = tmp_path / "models--org--small" / "snapshots" / ("0123456789" * 4)
+    snapshot.parent.mkdir(parents=True)
+    quantised.copy(sources["fp8"], snapshot)
+    (snapshot / "LICENSE").write_text("do what you like")
+    (tmp_path / "models--org--small" / "refs").mkdir()
+    (tmp_path / "models--org--small" / "refs" / "main").write_text(snapshot.name)
+    script = "import sys, moestro; moestro.open('org/small').save(sys.argv[1], format='source')"
+    here = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, env=here
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "LICENSE").read_text() == "do what you like"
+    ours, theirs = load_file(tmp_path / "out" / WEIGHTS), load_file(sources["fp8"] / WEIGHTS)
+    assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in theirs.items()}
+    assert "base_model: org/small" in (tmp_path / "out" / "README.md").read_text()

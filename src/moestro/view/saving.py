@@ -270,7 +270,7 @@ def _notes(view: Any, plan: Draft) -> dict[str, Any]:
         "stored": _stored_as(plan),
         "source": {
             "name": path.name if path is not None and Path(name).exists() else name or type(view.model).__name__,
-            "base_model": base_model(name, path),
+            "base_model": base_model(str(path or name), path),
             "card": {key: card[key] for key in LICENCE if key in card},
         },
         "experts": {str(i): [count, before.get(count, count)] for i, count in counts.items()},
