@@ -196,8 +196,8 @@ def load(path: str | Path, **kwargs: Any) -> tuple[nn.Module, Any, float]:
         check_method(path, quantisation)
         if directory is None or not has_weights(directory):
             raise ValueError(
-                f"{path} is quantised ({quantisation['quant_method']}), and its files, from which it is dequantised, are "
-                f"not here: fetch them with `hf download {path}`, or open a directory"
+                f"{path} is quantised ({quantisation['quant_method']}), and its files, which would be read, are not "
+                f"here: fetch them with `hf download {path}`, or open a directory"
             )
     kwargs.setdefault("dtype", "auto")
     family = model_class(config)
