@@ -60,8 +60,6 @@ class Draft:
 def save(view: Any, path: str | Path, *, format: str, overwrite: bool, shard_bytes: int = SHARD_BYTES) -> Path:
     """See `ExpertView.save`."""
     plan = draft(view, format)
-    for told in plan.told:
-        warnings.warn(told, stacklevel=3)
     with complete_directory(path, overwrite=overwrite, size=plan.nbytes) as half:
         write(view, plan, half, shard_bytes=shard_bytes)
     return Path(path)
@@ -211,10 +209,12 @@ def expert_sizes(view: Any, format: str) -> dict[int, int]:
 
 
 def write(view: Any, plan: Draft, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write what was planned into an existing, empty directory, and check it.
+    """Write what was planned into an existing, empty directory, and check it. Warns of what is left out.
 
     Raises RuntimeError where what was written is not what the family's class reads.
     """
+    for told in plan.told:
+        warnings.warn(told, stacklevel=3)
     text = json.dumps(plan.stated, indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     beside = plan.source.path if plan.source is not None else None
