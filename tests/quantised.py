@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
 WEIGHTS = "model.safetensors"
@@ -51,6 +54,21 @@ def edit(folder: Path, *, tensors: Callable[[dict[str, Tensor]], Any] | None = N
 
 def copy(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to))
+
+
+def to_tensor_fp8(folder: Path, suffix: str = "_scale_inv") -> Path:
+    """FP8 with one scale for each matrix."""
+
+    def change(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = {}
+        for name, tensor in held.items():
+            out[name] = tensor
+            if tensor.dim() == 2 and "proj" in name:
+                out[name + suffix] = scale = tensor.float().abs().max() / 448
+                out[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+        return out
+
+    return edit(folder, tensors=change, quantization_config={"quant_method": "fp8", "weight_block_size": None})
 
 
 def to_fp8(folder: Path, *, block: int = 128) -> Path:
@@ -114,3 +132,12 @@ def mxfp4_values(held: dict[str, Tensor], name: str) -> Tensor:
     blocks, scales = held[f"{name}_blocks"].long(), held[f"{name}_scales"].float()
     pairs = torch.stack([table[blocks % 16], table[blocks // 16]], dim=-1).flatten(-2)
     return (pairs * 2.0 ** (scales[..., None] - 127)).flatten(-2).transpose(1, 2)
+
+
+def words(folder: Path) -> None:
+    """A tokenizer whose files are not as transformers 5 would write them."""
+    tokenizer = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1, "expert": 2, "router": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    stated = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "pad_token": "[PAD]", "extra": 1}
+    (folder / "tokenizer_config.json").write_text(json.dumps(stated))

@@ -1,6 +1,9 @@
 """Quantised checkpoints: read right, cut, saved plain or in their own format, from memory as streamed."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import moestro
 import moestro.fitting.memory as memory
 import quantised
 from moestro.formats.quantised import fp8_decode, fp8_encode, mxfp4_decode, mxfp4_encode
-from quantised import WEIGHTS, edit, fp8_values, gpt_oss, mxfp4_values, qwen3_moe, to_fp8, to_mxfp4
+from quantised import WEIGHTS, edit, fp8_values, gpt_oss, mxfp4_values, qwen3_moe, to_fp8, to_mxfp4, to_tensor_fp8
 from tiny import logits_of, make
 
 IDS = {"input_ids": torch.arange(5, 29)[None]}
@@ -56,6 +59,39 @@ def test_fp8_opens_as_what_its_blocks_mean(sources: dict[str, Path]) -> None:
         joined = torch.cat([fp8_values(held, gate), fp8_values(held, up)]).bfloat16()
         assert torch.equal(experts.gate_up_proj[e], joined)
         assert torch.equal(experts.down_proj[e], fp8_values(held, down).bfloat16())
+
+
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+def test_fp8_with_one_scale_for_a_matrix(suffix: str, tmp_path: Path) -> None:
+    source = to_tensor_fp8(qwen3_moe(tmp_path / "source"), suffix)
+    held, view = load_file(source / WEIGHTS), moestro.open(source)
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    value = (held[name].float() * held[name + suffix]).bfloat16()
+    assert torch.equal(view.model.model.layers[1].mlp.experts.down_proj[3], value)
+    view.keep_experts({layer.index: [0, 3, 5, 6] for layer in view.layers})
+    saved = load_file(view.save(tmp_path / "out", format="source") / WEIGHTS)
+    for part in (name, name + suffix):
+        kept = saved[part.replace("experts.3.", "experts.1.")]
+        assert kept.shape == held[part].shape
+        assert torch.equal(kept.float(), held[part].float())
+
+
+def test_scales_that_were_calibrated_for_activations_go_with_plain_weights_alone(tmp_path: Path) -> None:
+    source = to_tensor_fp8(qwen3_moe(tmp_path / "source"))
+
+    def add(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        scales = [
+            n.replace("_scale_inv", "").replace(".weight", ".activation_scale") for n in held if "_scale_inv" in n
+        ]
+        return held | {name: torch.tensor(1.0) for name in scales}
+
+    view = half(edit(source, tensors=add))
+    with pytest.raises(ValueError, match="calibrated for activations"):
+        view.save(tmp_path / "out", format="source")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        view.save(tmp_path / "out")
+    assert torch.equal(plain_logits(tmp_path / "out"), logits_of(view.model, IDS))
 
 
 def test_mxfp4_opens_as_in_plain_transformers(sources: dict[str, Path]) -> None:
@@ -169,6 +205,28 @@ def test_sizes_are_of_the_file_there_is_and_the_file_there_will_be(
             memory.check_fits(path)
 
 
+@BOTH
+@EITHER
+def test_a_fit_keeps_to_a_budget_of_the_file_in_either_format(
+    method: str, streamed: bool, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source = quantised.copy(sources[method], tmp_path / "source")
+    quantised.words(source)
+    stored = moestro.open(source).num_bytes
+    texts = [{"text": " ".join(["expert", "router", "router"][: 1 + i % 3] * 12)} for i in range(30)]
+    limits: dict[str, Any] = dict(calibration_tokens=200, heldout_tokens=100, max_length=32, progress=False, rest=())
+    for format in ("hf", "source"):
+        out = tmp_path / f"out-{format}"
+        memory = "70%" if format == "source" else f"{int(stored * 1.3)}B"
+        fitted = moestro.fit(source, texts, memory=memory, format=format, out=out, stream=streamed, **limits)
+        size = sum(t.nbytes for t in load_file(out / WEIGHTS).values())
+        assert fitted.report.before.bytes == stored
+        assert fitted.report.after.bytes == fitted.plan.bytes_after == size
+        assert size <= (0.7 if format == "source" else 1.3) * stored
+        assert fitted.view.layers[0].num_experts < 8
+        assert ("quantization_config" in json.loads((out / "config.json").read_text())) == (format == "source")
+
+
 def test_a_model_that_transformers_dequantised_is_saved_from_memory(sources: dict[str, Path], tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(sources["mxfp4"], dtype="auto")
     view = moestro.open(model)
@@ -256,3 +314,23 @@ def test_fp8_blocks_are_within_a_sixteenth(dtype: torch.dtype, power_of_two: boo
     assert bool((error <= weights.abs() / 16 + 1e-4).all())
     if dtype == torch.float32 and power_of_two:
         assert torch.equal(scale.log2(), scale.log2().round())
+
+
+def test_a_hub_name_opens_from_the_hubs_cache(sources: dict[str, Path], tmp_path: Path) -> None:
+    """In a process of its own, since the place of the cache is read once."""
+    snapshot = tmp_path / "models--org--small" / "snapshots" / ("0123456789" * 4)
+    snapshot.parent.mkdir(parents=True)
+    quantised.copy(sources["fp8"], snapshot)
+    (snapshot / "LICENSE").write_text("do what you like")
+    (tmp_path / "models--org--small" / "refs").mkdir()
+    (tmp_path / "models--org--small" / "refs" / "main").write_text(snapshot.name)
+    script = "import sys, moestro; moestro.open('org/small').save(sys.argv[1], format='source')"
+    here = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, env=here
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "LICENSE").read_text() == "do what you like"
+    ours, theirs = load_file(tmp_path / "out" / WEIGHTS), load_file(sources["fp8"] / WEIGHTS)
+    assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in theirs.items()}
+    assert "base_model: org/small" in (tmp_path / "out" / "README.md").read_text()

@@ -16,7 +16,7 @@ from torch import Tensor
 import moestro
 import quantised
 from families import tiny as families
-from quantised import WEIGHTS, edit, qwen3_moe
+from quantised import WEIGHTS, edit, qwen3_moe, words
 from tiny import logits_of, make
 
 EITHER = pytest.mark.parametrize("streamed", [False, True], ids=["memory", "streamed"])
@@ -149,19 +149,6 @@ BESIDE = {
 }
 
 
-def words(folder: Path) -> None:
-    """A tokenizer whose files are not as transformers 5 would write them."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    tokenizer = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1, "expert": 2, "router": 3}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    stated = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "pad_token": "[PAD]", "extra": 1}
-    (folder / "tokenizer_config.json").write_text(json.dumps(stated))
-
-
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = qwen3_moe(tmp_path_factory.mktemp("furnished") / "source")
@@ -181,6 +168,35 @@ def test_what_was_not_changed_is_copied_byte_for_byte(streamed: bool, furnished:
     view.save(tmp_path / "out")
     for name in (*BESIDE, "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (furnished / name).read_bytes(), name
+
+
+def test_code_of_a_tokenizer_comes_along_and_code_of_a_model_does_not(furnished: Path, tmp_path: Path) -> None:
+    from moestro.formats.companions import write_companions
+
+    source = quantised.copy(furnished, tmp_path / "source")
+    stated = json.loads((source / "tokenizer_config.json").read_text())
+    stated["auto_map"] = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    (source / "tokenizer_config.json").write_text(json.dumps(stated))
+    (source / "tokenization_own.py").write_text("from .pieces import PIECES\n")
+    (source / "pieces.py").write_text("PIECES = 3\n")
+    (source / "modeling_own.py").write_text("raise SystemExit\n")
+    (tmp_path / "out").mkdir()
+    write_companions(tmp_path / "out", source, None, None)
+    assert {p.name for p in (tmp_path / "out").glob("*.py")} == {"tokenization_own.py", "pieces.py"}
+
+
+def test_a_generation_config_that_contradicts_itself_is_copied_and_refused_once_it_is_changed(
+    furnished: Path, tmp_path: Path
+) -> None:
+    source = quantised.copy(furnished, tmp_path / "source")
+    (source / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
+    view = moestro.open(source)
+    view.save(tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"temperature": 0.6, "do_sample": false}'
+    view.model.generation_config.max_new_tokens = 3
+    with pytest.raises(ValueError, match="temperature"):
+        view.save(tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()
 
 
 def test_a_changed_tokenizer_and_generation_config_are_written_anew(furnished: Path, tmp_path: Path) -> None:

@@ -51,12 +51,13 @@ def write_card(directory: Path, fit: Mapping[str, Any] | None = None) -> None:
     notes = json.loads((directory / NOTES).read_text(encoding="utf-8"))
     origin = notes.get("source", {})
     named = origin.get("base_model") or origin.get("name") or "a model from memory"
-    title = f"{named.rpartition('/')[2]}, cut with moestro"
+    cut = any(count != before for count, before in notes["experts"].values())
+    title = f"{named.rpartition('/')[2]}, {'cut' if cut else 'saved'} with moestro"
     head = {
         **({"base_model": origin["base_model"]} if origin.get("base_model") else {}),
         "library_name": "transformers",
         **({"pipeline_tag": "text-generation"} if notes["class"].endswith("ForCausalLM") else {}),
-        "tags": ["mixture-of-experts", "pruned", "moestro"],
+        "tags": ["mixture-of-experts", *(["pruned"] if cut else []), "moestro"],
         **origin.get("card", {}),
     }
     sections = [_what(notes, named), *([_fit(fit)] if fit is not None else []), _loading(notes)]

@@ -43,7 +43,7 @@ def write_companions(directory: Path, source: Path | None, tokenizer: Any, gener
     if source is not None:
         _copy_code(source, directory)
     if generation_config is not None:
-        if source is not None and _same_generation(source, generation_config):
+        if source is not None and same_generation(source, generation_config):
             shutil.copyfile(source / GENERATION, directory / GENERATION)
         else:
             generation_config.save_pretrained(directory)
@@ -109,7 +109,8 @@ def _copy_code(source: Path, target: Path) -> None:
         wanted += [source / f"{name}.py" for name in imports]
 
 
-def _same_generation(source: Path, config: Any) -> bool:
+def same_generation(source: Path, config: Any) -> bool:
+    """Whether a generation config is that of the source directory."""
     from transformers import GenerationConfig
 
     if not (source / GENERATION).is_file():

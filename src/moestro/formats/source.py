@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import weakref
 from collections.abc import Mapping
 from functools import cached_property
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import modeling_utils
 
 from moestro.formats import quantised
@@ -32,6 +34,16 @@ def stated_in(path: Path) -> dict[str, Any]:
     """config.json of a checkpoint directory, as it was written."""
     stated: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     return stated
+
+
+def directory_of(name: str | Path) -> Path | None:
+    """The checkpoint directory of a path, or of a hub name whose files lie in the hub's cache; None: there is none."""
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+        cached = try_to_load_from_cache(str(name), "config.json")
+        return Path(cached).parent if isinstance(cached, str) else None
+    return None
 
 
 def without_quantisation(config: Any) -> Any:

@@ -96,6 +96,11 @@ def _merged(
     return merged
 
 
+def read_config(family: type[PreTrainedConfig], stated: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config that transformers makes of what a config.json states."""
+    return family.from_dict(family._decode_special_floats(copy.deepcopy(dict(stated))))
+
+
 def part_for(config: Any, stated: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a config.json states for a model of this config: all of it, or the part that its text model has.
 
@@ -185,7 +190,7 @@ def _checked(family: type[PreTrainedConfig], plain: dict[str, Any], wanted: dict
 def _read(family: type[PreTrainedConfig], stated: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config that transformers makes of it; None where it refuses."""
     try:
-        config = family.from_dict(copy.deepcopy(dict(stated)))
+        config = read_config(family, stated)
     except Exception:  # whatever a family's config says: the addition is then left out
         return None
     read: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
@@ -226,11 +231,12 @@ def _holds(stated: Any, path: Path_) -> bool:
 
 
 def _attribute(config: Any, name: str) -> Any:
-    """An attribute of a config; None where it has none, or where heterogeneous layers state their own."""
-    try:
-        return getattr(config, name, None)
-    except ValueError:
-        return None
+    """An attribute of a config under any of its names; None where it has none. Layers may state their own beside it."""
+    held = vars(config)
+    name = getattr(config, "attribute_map", {}).get(name, name)
+    if name in held or config.is_heterogeneous:
+        return held.get(name)
+    return getattr(config, name, None)
 
 
 def _plain_value(value: Any) -> Any:

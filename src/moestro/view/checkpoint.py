@@ -82,7 +82,14 @@ def _mismatch(model: nn.Module, config: Any, layers: Sequence[MoELayer]) -> str 
             twin = type(model)(config)
     except Exception as e:  # whatever a family's constructor says is the reason
         return f"transformers cannot build it ({type(e).__name__}: {str(e).splitlines()[-1].strip()[:160]})"
-    ours = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    state = model.state_dict(keep_vars=True)
+    packed = next((n for n, t in state.items() if type(t) not in (torch.Tensor, nn.Parameter)), None)
+    if packed is not None:
+        return (
+            f"{packed} is a {type(state[packed]).__name__}; cut and save the model before it is quantised, and "
+            "quantise what was saved"
+        )
+    ours = {n: tuple(t.shape) for n, t in state.items()}
     theirs = {n: tuple(t.shape) for n, t in twin.state_dict().items()}
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):

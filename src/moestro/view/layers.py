@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 
 from moestro.formats.quantised import check_method
-from moestro.formats.source import Source, plain_dtype, quantisation_of, without_quantisation
-from moestro.formats.tensors import check_complete
+from moestro.formats.source import Source, directory_of, plain_dtype, quantisation_of, without_quantisation
+from moestro.formats.tensors import check_complete, has_weights
 from moestro.layers.routers.base import Router
 from moestro.routing import RoutingRule
 from moestro.view.experts import is_experts, num_experts_of
@@ -245,22 +245,22 @@ def load(path: str | Path, **kwargs: Any) -> tuple[nn.Module, Any, float]:
     if Path(path).is_dir():
         check_complete(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    quantisation = quantisation_of(config.to_dict())
+    quantisation, directory = quantisation_of(config.to_dict()), directory_of(path)
     if quantisation is not None:
         check_method(path, quantisation)
-        if not Path(path).is_dir():
+        if directory is None or not has_weights(directory):
             raise ValueError(
-                f"{path} is quantised ({quantisation['quant_method']}), and moestro dequantises directories: fetch it "
-                f"(`hf download {path} --local-dir DIR`) and open DIR"
+                f"{path} is quantised ({quantisation['quant_method']}), and its files, which would be read, are not "
+                f"here: fetch them with `hf download {path}`, or open a directory"
             )
     kwargs.setdefault("dtype", "auto")
     family = model_class(config)
     start = time.perf_counter()
-    if quantisation is None:
+    if quantisation is None or directory is None:
         loaded: Any = family.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
         model, info = loaded
     else:
-        model, info = _load_dequantised(family, Path(path), config, **kwargs)
+        model, info = _load_dequantised(family, directory, config, **kwargs)
     seconds = time.perf_counter() - start
     missing = sorted(info["missing_keys"])
     if missing:

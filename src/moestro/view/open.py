@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 import moestro.recipe as recipes
@@ -17,7 +18,7 @@ import moestro.view.operations as operations
 import moestro.view.saving as saving
 import moestro.view.surgery as surgery
 from moestro.bundled import bundled_path
-from moestro.formats.source import Source
+from moestro.formats.source import Source, directory_of
 from moestro.formats.stated_config import part_for
 from moestro.recipe import Notes, Recipe
 from moestro.view.edit import Edit
@@ -226,9 +227,11 @@ class ExpertView(HeadView):
     @property
     def source(self) -> Source | None:
         """The checkpoint directory that the model came from, as it lies there now; None where there is none."""
-        loaded_from = getattr(getattr(self.model, "config", None), "_name_or_path", "")
-        path = self.state.source or (Path(loaded_from) if loaded_from else None)
-        if path is None or not (path / "config.json").is_file():
+        if not isinstance(self.model, PreTrainedModel):
+            return None
+        name = self.state.source or self.model.config._name_or_path
+        path = directory_of(name) if name else None
+        if path is None:
             return None
         found = Source(path, self.model.dtype, strict=False)
         return found if part_for(self.model.config, found.stated) is not None else None

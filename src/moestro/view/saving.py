@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from moestro.directories import complete_directory
 from moestro.formats import hf
 from moestro.formats.card import CARD, LICENCE, NOTES, base_model, front_matter, write_card
-from moestro.formats.companions import write_companions
+from moestro.formats.companions import same_generation, write_companions
 from moestro.formats.quantised import activation_scales
 from moestro.formats.source import Source, quantisation_of, stated_in
-from moestro.formats.stated_config import changed_numbers, part_for, stated_config
+from moestro.formats.stated_config import changed_numbers, part_for, read_config, stated_config
 from moestro.formats.tensors import SHARD_BYTES, Writer, header, weight_files
 from moestro.formats.unread import Unread, in_words, sort_unread, state_no_predictors
 from moestro.view.checkpoint import plain_config, saved_bytes, source_directories
@@ -63,8 +63,6 @@ class Draft:
 def save(view: Any, path: str | Path, *, format: str, overwrite: bool, shard_bytes: int = SHARD_BYTES) -> Path:
     """See `ExpertView.save`."""
     plan = draft(view, format)
-    for told in plan.told:
-        warnings.warn(told, stacklevel=3)
     apart = [view.state.source] if view.state.source is not None else source_directories(view.model)
     with complete_directory(path, overwrite=overwrite, size=plan.nbytes, apart_from=apart) as half:
         write(view, plan, half, shard_bytes=shard_bytes)
@@ -78,8 +76,9 @@ def draft(view: Any, format: str = "hf") -> Draft:
     config = plain_config(view.model, view.stack, view.layers)
     config.dtype = str(view.model.dtype).removeprefix("torch.")
     config.architectures = [type(view.model).__name__]
-    if view.model.can_generate() and view.model.generation_config is not None:
-        view.model.generation_config.validate(strict=True)
+    generation = _generation_config(view)
+    if generation is not None and not (source is not None and same_generation(source.path, generation)):
+        generation.validate(strict=True)  # transformers refuses to write one that contradicts itself
     stated, opened = _stated_by(source, config)
     unread = _unread(view, source, cut=_is_cut(config, opened))
     told = [f"left out, because {why}: {in_words(names)}" for why, names in unread.left_out.items()]
@@ -96,6 +95,10 @@ def draft(view: Any, format: str = "hf") -> Draft:
         layout = _layout(view, source if requantised else None)
     layout |= _carried_layout(unread, source, raw=requantised)
     return Draft(format, source, config, written, layout, unread, requantised, told)
+
+
+def _generation_config(view: Any) -> Any:
+    return view.model.generation_config if view.model.can_generate() else None
 
 
 def check_format(format: str, source: Source | None) -> None:
@@ -118,7 +121,7 @@ def check_format(format: str, source: Source | None) -> None:
 def _stated_by(source: Source | None, config: Any) -> tuple[dict[str, Any] | None, Any]:
     """(what the source states for a model of this config, the config that transformers reads from it)"""
     stated = part_for(config, source.stated) if source is not None else None
-    return stated, type(config).from_dict(json.loads(json.dumps(stated))) if stated is not None else None
+    return stated, read_config(type(config), stated) if stated is not None else None
 
 
 def _is_cut(config: Any, opened: Any) -> bool:
@@ -217,14 +220,16 @@ def _per_expert(layer: Any) -> list[Any]:
 
 
 def write(view: Any, plan: Draft, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write what was planned into an existing, empty directory, and check it.
+    """Write what was planned into an existing, empty directory, and check it. Warns of what is left out.
 
     Raises RuntimeError where what was written is not what the family's class reads.
     """
+    for told in plan.told:
+        warnings.warn(told, stacklevel=3)
     text = json.dumps(plan.stated, indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
-    generation = view.model.generation_config if view.model.can_generate() else None
-    write_companions(directory, plan.source.path if plan.source else None, view.tokenizer, generation)
+    beside = plan.source.path if plan.source is not None else None
+    write_companions(directory, beside, view.tokenizer, _generation_config(view))
     (directory / NOTES).write_text(json.dumps(_notes(view, plan), indent=1), encoding="utf-8")
     write_card(directory)
     writer = Writer(directory, plan.layout, shard_bytes=shard_bytes)
@@ -276,7 +281,7 @@ def _notes(view: Any, plan: Draft) -> dict[str, Any]:
         "stored": _stored_as(plan),
         "source": {
             "name": path.name if path is not None and Path(name).exists() else name or type(view.model).__name__,
-            "base_model": base_model(name, path),
+            "base_model": base_model(str(path or name), path),
             "card": {key: card[key] for key in LICENCE if key in card},
         },
         "experts": {str(i): [count, before.get(count, count)] for i, count in counts.items()},
