@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.testing import assert_close
 
 import moestro
 from families.tiny import build
-from moestro import Edit, Gain, LogitBias, Reselect, SwitchOff
+from moestro import Edit, Gain, LogitBias, Replace, Reselect, SwitchOff
 from moestro.routing import Routing
 from moestro.view.heads import HeadMask, HeadMeans
 from moestro.view.observe import ExpertCounts, RoutingTrace, SlotStats
@@ -240,6 +241,24 @@ def test_observers_count_every_token_once(family: str, options: dict[str, bool],
         assert_close(recorded[layer]["outputs"], record[layer]["outputs"], **FP32)
     for layer, mean in means.items():
         assert_close(meant[layer], mean, **FP32)
+
+
+@pytest.mark.parametrize(
+    "edit", [OFF, Gain({(1, 1): 0.5}), HeadMask({(1, 0)}), Replace({1: lambda hidden, indices, weights: 0 * hidden})]
+)
+@pytest.mark.parametrize("options", CHECKPOINTING)
+def test_an_edit_under_a_checkpoint_made_by_hand_is_refused(
+    qwen: moestro.ExpertView, options: dict[str, bool], edit: Any
+) -> None:
+    model = qwen.model.train()
+    embedded = model.get_input_embeddings()(IDS["input_ids"])
+
+    def run(embeds: Tensor) -> Tensor:
+        return model(inputs_embeds=embeds, use_cache=False).logits
+
+    with qwen.edits(edit), pytest.raises(RuntimeError, match="gradient_checkpointing_enable"):
+        torch.utils.checkpoint.checkpoint(run, embedded, **options)
+    torch.utils.checkpoint.checkpoint(run, embedded, **options).sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")

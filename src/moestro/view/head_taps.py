@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moestro.view.events import Batch
 from moestro.view.heads import HeadCall, HeadEdit, HeadEvent, HeadLayer, HeadObserver
-from moestro.view.recompute import in_backward
+from moestro.view.recompute import in_backward, refuse_checkpoint_by_hand
 from moestro.view.rules import silence
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
@@ -148,6 +148,8 @@ class HeadTaps:
         mask, here = attention_mask, self._here()  # families give the mask by place or by name
         call = HeadCall(layer, (query.shape[0], query.shape[2]), key.shape[2], self._batch())
         edits = [e for e in here.head_edits if (chosen := e.layers()) is None or layer.index in chosen]
+        if edits and self.stack.training:
+            refuse_checkpoint_by_hand()
         seen = None if here.observation is None or in_backward() else here.observation
         observers = () if seen is None else seen.of_heads
         needs: frozenset[str] = seen.needs if seen is not None and observers else frozenset()

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from transformers import GenerationMixin
 
@@ -49,6 +51,30 @@ class _Eager:
 EAGER = _Eager()
 
 
+class _Held(threading.local):
+    depth = 0
+
+
+_held = _Held()
+"""How deep this thread is inside functions that will be run again as they are run now."""
+
+
+def refuse_checkpoint_by_hand() -> None:
+    """Raise RuntimeError where the code that runs now will be run again, and nothing will say under which edits.
+
+    Torch's checkpoint, called by other than a transformers layer, runs it again in the backward pass, which may come
+    when other edits are in force, or none.
+    """
+    frame: Any = None if _held.depth or in_backward() else sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            raise RuntimeError(
+                "this model is edited inside torch.utils.checkpoint, which would run it again without these edits: "
+                "leave that out and let the model checkpoint its layers, model.gradient_checkpointing_enable()"
+            )
+        frame = frame.f_back
+
+
 class Recomputed:
     """A layer's gradient checkpointing function, under which what is run again is run as it was the first time.
 
@@ -62,10 +88,14 @@ class Recomputed:
         as_then = self._remember()
 
         def run(*inputs: Any, **named: Any) -> Any:
-            if not in_backward():
-                return function(*inputs, **named)
-            with as_then():
-                return function(*inputs, **named)
+            _held.depth += 1
+            try:
+                if not in_backward():
+                    return function(*inputs, **named)
+                with as_then():
+                    return function(*inputs, **named)
+            finally:
+                _held.depth -= 1
 
         return self.original(run, *args, **kwargs)
 

@@ -24,7 +24,7 @@ from moestro.view.events import Batch, MoEEvent, check_indices
 from moestro.view.experts_backend import experts_forward
 from moestro.view.in_force import OBSERVED, SLOT_NEEDS, InForce
 from moestro.view.layers import MoELayer
-from moestro.view.recompute import in_backward
+from moestro.view.recompute import in_backward, refuse_checkpoint_by_hand
 from moestro.view.residual import residual_stream
 from moestro.view.rules import logits_of
 from moestro.view.situation import Observation, Situation
@@ -133,6 +133,8 @@ class Taps:
         acting = here.acting.get(layer.path)
         if acting is None:
             return routing
+        if self.stack.training:
+            refuse_checkpoint_by_hand()
         if acting.on_logits:
             assert layer.rule is not None
             logits, nothing = routing.logits, torch.zeros_like(routing.logits)
@@ -193,6 +195,8 @@ class Taps:
         layer = now.turn(experts, "experts", self._sharing[experts])
         acting = here.acting.get(layer.path)
         replacing = [] if acting is None else acting.on_output
+        if replacing and self.stack.training:
+            refuse_checkpoint_by_hand()
         hidden, indices, weights = now.replaced.pop(layer.path, args)
         combined = out if len(out) == len(hidden) else torch.zeros_like(hidden)
         for edit, key in replacing:
