@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import moestro
 import tiny
+from moestro.formats.tensors import Writer
 from moestro.view.checkpoint import complete_directory
 from tiny import FP32, LEARNED, documents, logits_of, make, padded
 
@@ -232,11 +233,15 @@ def test_a_save_that_fails_leaves_what_was_there(
     view, before = half("qwen3_moe"), all_files(copied.parent)
     config = view.model.config
 
-    def save(folder: Path, **_: Any) -> None:
-        (Path(folder) / "model.safetensors").write_bytes(b"half of it")
-        raise error
+    write, written = Writer.write, []
 
-    monkeypatch.setattr(view.model, "save_pretrained", save)
+    def half_way(self: Writer, name: str, tensor: torch.Tensor) -> None:
+        write(self, name, tensor)
+        written.append(name)
+        if len(written) == 10:
+            raise error
+
+    monkeypatch.setattr(Writer, "write", half_way)
     target = copied if overwrite else copied.parent / "new"
     with pytest.raises(raised) as caught:
         view.save(target, overwrite=overwrite)

@@ -24,6 +24,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "sets": ("transformers", "moestro"),
     # of transformers, the layers know the experts interface alone
     "layers": (*TRANSFORMERS_MODELS, *rooms("view", "data", "report", "models"), *METHODS, *TOP),
+    "formats": (*rooms("view", "layers", "models", "data", "report"), *METHODS, *TOP),
     "models": (*rooms("view", "report"), *METHODS, *TOP),
     "data": (*rooms("view", "layers", "models", "report"), *METHODS, *TOP),
     "view": (*rooms("report", "models"), *METHODS, *TOP),

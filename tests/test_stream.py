@@ -423,13 +423,14 @@ def test_incomplete_checkpoints_are_refused(checkpoint, tmp_path):
         stream(fewer).observe(batches(), [SlotStats()], progress=False)
 
 
-def test_quantised_checkpoints_are_refused(checkpoint, tmp_path):
+def test_a_checkpoint_that_only_says_it_is_quantised_is_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "q")
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantised"):
-        stream(tmp_path / "q")
+    for streamed in (True, False):
+        with pytest.raises(ValueError, match="states that it is quantised with fp8"):
+            moestro.open(tmp_path / "q", stream=streamed)
 
 
 def test_nan_weights_name_layer_and_sample(checkpoint, tmp_path):

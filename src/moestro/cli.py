@@ -42,6 +42,9 @@ def fit(
     out: Annotated[
         Path | None, typer.Option(help="directory for checkpoint and report", show_default="MODEL-fit")
     ] = None,
+    format: Annotated[
+        str, typer.Option(help="how the checkpoint is stored: hf (plain tensors), or source (quantised as MODEL is)")
+    ] = "hf",
     saliency: Annotated[str, typer.Option(help="random, frequency, gating-score, reap or easy-ep")] = "easy-ep",
     rest: Annotated[
         list[str] | None, typer.Option(help="texts to watch beside the task", show_default="other embedded domains")
@@ -75,6 +78,7 @@ def fit(
     """
     import moestro.fitting.pipeline as pipeline
     from moestro.fitting.plan import make_plan
+    from moestro.view.saving import check_format
 
     data = for_ or list(pipeline.DEFAULT_TASK)
     target = out or Path(f"{Path(model).name}-fit")
@@ -83,10 +87,11 @@ def fit(
     limits: dict[str, Any] = dict(
         calibration_tokens=calibration_tokens, heldout_tokens=heldout_tokens, max_length=max_length, seed=seed
     )
-    budget: dict[str, Any] = dict(memory=memory, experts=experts, saliency=saliency)
+    budget: dict[str, Any] = dict(memory=memory, experts=experts, format=format, saliency=saliency)
     kept = pipeline.work_directory(None if dry_run else target, work, stream)
     if dry_run:
         view = pipeline.open_model(model, stream=stream)
+        check_format(format, view.source)
         texts = pipeline.read_data(view, data, rest=rest, **limits)
         plan = make_plan(view, texts.calibration, seed=seed, work=kept and kept / "calibration", **budget)
         _print_plan(view, plan)

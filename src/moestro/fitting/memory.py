@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moestro.view.checkpoint import check_complete, weight_files
+from moestro.formats.source import Source, quantisation_of, stated_in
+from moestro.formats.tensors import check_complete, weight_files
 
 MEMINFO, LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
@@ -16,12 +17,20 @@ def check_fits(checkpoint: Path) -> None:
     FileNotFoundError, ValueError: it is incomplete.
     """
     check_complete(checkpoint)
-    size, left = sum(file.stat().st_size for file in weight_files(checkpoint)), available_bytes()
+    size, left = loaded_bytes(checkpoint), available_bytes()
     if left is not None and size > left:
+        once = " once they are dequantised" if quantisation_of(stated_in(checkpoint)) is not None else ""
         raise ValueError(
-            f"{checkpoint} holds {size / 1e9:.2f} GB of weights, and {left / 1e9:.2f} GB of memory are available: pass "
-            "--stream (stream=True) to fit it layer by layer"
+            f"{checkpoint} holds {size / 1e9:.2f} GB of weights{once}, and {left / 1e9:.2f} GB of memory are available:"
+            " pass --stream (stream=True) to fit it layer by layer"
         )
+
+
+def loaded_bytes(checkpoint: Path) -> int:
+    """What the weights of a checkpoint directory take in memory: quantised ones are dequantised on loading."""
+    if quantisation_of(stated_in(checkpoint)) is not None:
+        return Source(checkpoint).plain_nbytes
+    return sum(file.stat().st_size for file in weight_files(checkpoint))
 
 
 def available_bytes() -> int | None:

@@ -37,9 +37,11 @@ from moestro.fitting.memory import check_fits
 from moestro.fitting.plan import Plan, make_plan
 from moestro.fitting.result import Cost, DomainLoss, FitReport, LayerChoice, Sample
 from moestro.fitting.work import Work
+from moestro.formats.card import write_card
 from moestro.report import write_fit_page
-from moestro.view.checkpoint import complete_directory, plain_config, write
+from moestro.view.checkpoint import complete_directory
 from moestro.view.observe import ExpertCounts
+from moestro.view.saving import check_format
 
 DEFAULT_MODEL = "quartet"
 DEFAULT_TASK = ("embedded:code",)
@@ -132,6 +134,7 @@ def fit(
     saliency: str = "easy-ep",
     rest: Any = None,
     out: str | Path | None = None,
+    format: str = "hf",
     overwrite: bool = False,
     stream: bool = False,
     work: str | Path | None = None,
@@ -149,12 +152,14 @@ def fit(
         model: a checkpoint directory, a hub name, a bundled model's name, a transformers model (changed in place) or
             an open view.
         data: texts of the task: files, folders, embedded domains, lists of texts (see moestro.data.load_texts).
-        memory: size of the saved checkpoint at most, shared parts counted: "6GB", or a share of the present size.
+        memory: size of the saved checkpoint at most, shared parts counted: "6GB", or a share of the size of the
+            checkpoint that is there.
         experts: or the share of the experts to keep: "50%" (the default where neither is given).
         saliency: how experts are scored; a name in moestro.compress.prune.saliency.SALIENCIES.
         rest: texts that show what the cut costs elsewhere; by default the embedded sample's other domains.
         out: directory for the checkpoint, report.html and report.json; without it nothing is saved, and the model
             that is measured is the one in memory.
+        format: how the checkpoint is stored: "hf" (plain) or "source" (quantised as the one it was made from).
         stream: run the model layer by layer from its directory, for checkpoints larger than memory. Nothing is
             generated then: the report has no samples, speed or load time.
         work: where a streamed fit keeps what a killed one goes on from when it is called again with the same arguments;
@@ -176,24 +181,28 @@ def fit(
             place = kept.published(out, overwrite=overwrite) if stream else complete_directory(out, overwrite=overwrite)
             half = cleanup.enter_context(place)
         view = open_model(model, tokenizer=tokenizer, stream=stream)
+        check_format(format, view.source)
         limits: dict[str, Any] = dict(
             calibration_tokens=calibration_tokens, heldout_tokens=heldout_tokens, max_length=max_length
         )
         texts = read_data(view, data, rest=rest, seed=seed, **limits)
-        choice: dict[str, Any] = dict(memory=memory, experts=experts, saliency=saliency, protect=protect)
+        choice: dict[str, Any] = dict(memory=memory, experts=experts, format=format, saliency=saliency, protect=protect)
         calibration = kept.directory("calibration")
         plan = make_plan(view, texts.calibration, seed=seed, progress=progress, work=calibration, **choice)
         prompts = _prompts(texts)
         before = _measure(view, texts, prompts, "before", progress, kept)
         view.keep_experts(plan.keep)
-        kept.begin(plan.keep, save=half is not None)
+        kept.begin(plan.keep, save=half is not None, format=format)
+        size = view.bytes_in(format)
         if half is not None:  # what is measured is what is shipped
-            view = kept.saved(view) if stream else _written(view, half, last=isinstance(model, str | Path))
-        after = _measure(view, texts, prompts, "after", progress, kept)
+            last = isinstance(model, str | Path)
+            view = kept.saved(view, format) if stream else _written(view, half, format, last=last)
+        after = _measure(view, texts, prompts, "after", progress, kept, size=size)
         report = _report(model, plan, texts, prompts, before, after, streamed=stream)
         if half is not None:
             (half / "report.json").write_text(report.model_dump_json(indent=1))
             write_fit_page(report, half / "report.html")
+            write_card(half, report.model_dump())
     if stream and out is not None:
         view = opening.open(out, stream=True)  # it has moved
     if work is None:
@@ -210,10 +219,9 @@ def work_directory(out: Path | None, work: str | Path | None, stream: bool) -> P
     return Path(work) if work is not None else None
 
 
-def _written(view: Any, half: Path, *, last: bool) -> Any:
+def _written(view: Any, half: Path, format: str, *, last: bool) -> Any:
     """The model in memory as it is read back from `half`. `last`: nobody else holds it, so it can be dropped."""
-    config = plain_config(view.model, view.stack, view.layers)
-    write(view.model, config, half, tokenizer=view.tokenizer, original_experts=view.original_ids)
+    view.write(half, format=format)
     if last:
         view.model.to("meta")
         gc.collect()
@@ -248,7 +256,9 @@ def _measure(
     when: str,
     progress: bool,
     kept: Work,
+    size: int | None = None,
 ) -> _Measured:
+    """Losses and costs of the view's model; `size`: of its checkpoint, where that is not of the kind it came from."""
     written: list[str] = []
     speed = None
     resumable = {} if kept.path is None else {"work": kept.directory(when)}
@@ -263,7 +273,7 @@ def _measure(
         if not view.streamed:
             written = continuations(view.model, view.tokenizer, [prompt for _, prompt, _ in prompts])
             speed = tokens_per_second(view.model, view.tokenizer)
-    cost = Cost(bytes=view.num_bytes, load_seconds=view.load_seconds, tokens_per_second=speed)
+    cost = Cost(bytes=view.num_bytes if size is None else size, load_seconds=view.load_seconds, tokens_per_second=speed)
     return _Measured(losses, served, written, cost)
 
 

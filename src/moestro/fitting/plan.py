@@ -49,12 +49,13 @@ class Plan:
         return self.sizes.with_experts(self.count)
 
 
-def experts_to_keep(view: Any, memory: str | None, experts: str | None) -> tuple[str, Sizes, int]:
-    """(the request in words, sizes, experts per layer). Raises ValueError where the budget cannot be met."""
+def experts_to_keep(view: Any, memory: str | None, experts: str | None, format: str = "hf") -> tuple[str, Sizes, int]:
+    """Shares of the size are of the checkpoint that is there; sizes are those of the one to be written, in `format`:
+    (the request in words, sizes, experts per layer). Raises ValueError where the budget cannot be met."""
     if memory is not None and experts is not None:
         raise ValueError(f"memory={memory!r} and experts={experts!r}: give one of the two")
     check_own(view.layers)
-    sizes = measure(view.layers, view.num_bytes)
+    sizes = measure(view.layers, view.bytes_in(format, cut=True), view.expert_bytes(format))
     if memory is not None:
         budget = parse_memory(memory, view.num_bytes)
         return f"checkpoint of at most {memory}", sizes, affordable(view.layers, sizes, budget)
@@ -68,6 +69,7 @@ def make_plan(
     *,
     memory: str | None = None,
     experts: str | None = None,
+    format: str = "hf",
     saliency: str = "easy-ep",
     protect: Collection[tuple[int, int]] = (),
     seed: int = 0,
@@ -82,7 +84,7 @@ def make_plan(
     """
     if saliency not in SALIENCIES:
         raise ValueError(f"saliency={saliency!r} is not known; there are {', '.join(SALIENCIES)}")
-    request, sizes, count = experts_to_keep(view, memory, experts)
+    request, sizes, count = experts_to_keep(view, memory, experts, format)
     method = SALIENCIES[saliency]
     observers = [SlotStats()]
     if method.observer is not SlotStats:

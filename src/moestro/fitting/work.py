@@ -40,12 +40,12 @@ class Work:
         """Where the pass `name` keeps its state."""
         return None if self.path is None else self.path / name
 
-    def begin(self, keep: Mapping[int, Sequence[int]], *, save: bool) -> None:
+    def begin(self, keep: Mapping[int, Sequence[int]], *, save: bool, format: str = "hf") -> None:
         """Drop what was made for another plan."""
         if self.path is None:
             return
         note = self.path / "plan.json"
-        plan = json.dumps({"save": save, "keep": {str(index): list(ids) for index, ids in keep.items()}})
+        plan = json.dumps({"save": save and format, "keep": {str(index): list(ids) for index, ids in keep.items()}})
         if not note.is_file() or note.read_text() != plan:
             for name in ("fitted", "after"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
@@ -53,12 +53,12 @@ class Work:
         for half in self.path.glob(".fitted-*"):  # of a save that was killed
             shutil.rmtree(half)
 
-    def saved(self, view: Any) -> Any:
+    def saved(self, view: Any, format: str = "hf") -> Any:
         """The checkpoint that the streamed `view` plans, written if it is not there yet, and opened."""
         assert self.path is not None
         if not (self.path / "fitted").is_dir():
             shutil.rmtree(self.path / "after", ignore_errors=True)  # it knows the checkpoint by its files' dates
-            view.save(self.path / "fitted")
+            view.save(self.path / "fitted", format=format)
         return opening.open(self.path / "fitted", stream=True)
 
     def remove(self) -> None:

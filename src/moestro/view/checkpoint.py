@@ -1,4 +1,4 @@
-"""Read and write Hugging Face checkpoints: whole before they are opened, plain when they are saved.
+"""What a plain checkpoint of a model would be, and the directory that it is written into.
 
 A save goes to a directory beside the target and is moved into place when it is complete, so a killed run leaves no
 half checkpoint.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
 import shutil
-import struct
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,45 +21,6 @@ from torch import nn
 
 from moestro.view.layers import MoELayer
 from moestro.view.surgery import EXPERT_COUNT, TOP_K, numbers
-
-INDEX = "model.safetensors.index.json"
-
-
-def check_complete(path: str | Path) -> None:
-    """Raise FileNotFoundError or ValueError where a checkpoint directory misses a file or a file is cut short."""
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is no checkpoint: it has no config.json")
-    for file in weight_files(path):
-        if not file.is_file():
-            raise FileNotFoundError(f"{path} misses the shard {file.name} that its index names; fetch it again")
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            head = stream.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            if 8 + length > size:
-                raise ValueError(f"{file} is truncated ({size:,} bytes, not even its header is whole); fetch it again")
-            try:
-                header = json.loads(stream.read(length))
-            except ValueError as e:
-                raise ValueError(f"{file} is no safetensors file: its header does not parse") from e
-        end = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
-        if size != 8 + length + end:
-            raise ValueError(f"{file} is truncated: {size:,} of {8 + length + end:,} bytes; fetch it again")
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory. Raises FileNotFoundError where there are none."""
-    if (path / INDEX).is_file():
-        return sorted({path / name for name in json.loads((path / INDEX).read_text())["weight_map"].values()})
-    single = path / "model.safetensors"
-    if single.is_file():
-        return [single]
-    others = [f.name for f in path.glob("*.bin")] + [f.name for f in path.glob("*.gguf")]
-    raise FileNotFoundError(
-        f"{path} holds no safetensors weights"
-        + (f" (only {others[0]}; convert it with save_pretrained first)" if others else "")
-    )
 
 
 def model_class(config: Any) -> type[transformers.PreTrainedModel]:
@@ -153,35 +112,6 @@ def saved_bytes(model: nn.Module) -> int:
         if name not in tied or not getattr(model.config, "tie_word_embeddings", False):
             seen[tensor.data_ptr() if tensor.numel() else -len(seen) - 1] = tensor.numel() * tensor.element_size()
     return sum(seen.values())
-
-
-def write(
-    model: Any,
-    config: Any,
-    directory: Path,
-    *,
-    tokenizer: Any = None,
-    original_experts: Mapping[int, Sequence[int]] | None = None,
-) -> None:
-    """Write a plain checkpoint into an existing directory; `config` comes from `plain_config`.
-
-    `original_experts` ({layer: the kept experts' former numbers}) goes to moestro.json beside it.
-    """
-    former = model.config
-    try:
-        model.config = config
-        model.save_pretrained(directory)
-    finally:
-        model.config = former
-    write_beside(directory, tokenizer, original_experts or {})
-
-
-def write_beside(directory: Path, tokenizer: Any, original_experts: Mapping[int, Sequence[int]]) -> None:
-    """What belongs to a checkpoint beside the model: tokenizer and moestro.json."""
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    notes = {"original_experts": {str(i): list(ids) for i, ids in original_experts.items()}}
-    (directory / "moestro.json").write_text(json.dumps(notes, indent=1))
 
 
 @contextmanager

@@ -15,6 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moestro.formats.quantised import check_method
+from moestro.formats.source import Source, plain_dtype, quantisation_of, without_quantisation
+from moestro.formats.tensors import check_complete
 from moestro.layers.routers.base import Router
 from moestro.routing import RoutingRule
 from moestro.view.rules import RouterCall, derive_rule
@@ -175,22 +178,63 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json
 def load(path: str | Path, **kwargs: Any) -> tuple[nn.Module, Any, float]:
     """Model, tokenizer (None where the directory has none) and seconds to load the model, from a directory or the hub.
 
+    Quantised weights (see `formats.quantised`) are dequantised.
+
     Raises:
-        FileNotFoundError, ValueError: the checkpoint is incomplete; nothing has been loaded.
+        FileNotFoundError, ValueError: the checkpoint is incomplete, or quantised in a way that is not read; nothing has
+            been loaded. ValueError too where it turns out to miss weights of the model.
     """
     from transformers import AutoConfig
 
-    from moestro.view.checkpoint import check_complete, model_class
+    from moestro.view.checkpoint import model_class
 
     if Path(path).is_dir():
         check_complete(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    quantisation = quantisation_of(config.to_dict())
+    if quantisation is not None:
+        check_method(path, quantisation)
+        if not Path(path).is_dir():
+            raise ValueError(
+                f"{path} is quantised ({quantisation['quant_method']}), and moestro dequantises directories: fetch it "
+                f"(`hf download {path} --local-dir DIR`) and open DIR"
+            )
     kwargs.setdefault("dtype", "auto")
     family = model_class(config)
     start = time.perf_counter()
-    model = family.from_pretrained(path, config=config, **kwargs).eval()
+    if quantisation is None:
+        loaded: Any = family.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+        model, info = loaded
+    else:
+        model, info = _load_dequantised(family, Path(path), config, **kwargs)
     seconds = time.perf_counter() - start
-    return model, load_tokenizer(path), seconds
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights of {family.__name__}, {missing[0]} for one, so they would be random; "
+            "it is incomplete, or of another family than its config says"
+        )
+    return model.eval(), load_tokenizer(path), seconds
+
+
+def _load_dequantised(family: Any, path: Path, config: Any, *, dtype: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
+    """The model of a quantised checkpoint with plain weights, each dequantised when transformers asks for it."""
+    dtype = plain_dtype(path, config, dtype)
+    source = Source(path, dtype)
+    plain = without_quantisation(config)
+    kwargs |= {"config": plain, "state_dict": source.plain, "dtype": dtype, "output_loading_info": True}
+    model, info = family.from_pretrained(None, **kwargs)
+    model.config._name_or_path = str(path)
+    adopt_generation_config(model, path)
+    return model, info
+
+
+def adopt_generation_config(model: Any, path: Path) -> None:
+    """Give the model the generation config of its directory, as `from_pretrained` does."""
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 
-import moestro.view.checkpoint as checkpoint
+import moestro.view.saving as saving
 import moestro.view.surgery as surgery
 from moestro.bundled import bundled_path
+from moestro.formats.source import Source
+from moestro.formats.stated_config import part_for
 from moestro.view.edit import Edit
 from moestro.view.events import Batch
 from moestro.view.heads import AnyObserver, HeadEdit, HeadLayer
@@ -182,22 +186,71 @@ class ExpertView(HeadView):
             self._stated = count
 
     @property
-    def num_bytes(self) -> int:
-        """Size of the weights in a saved checkpoint."""
-        return checkpoint.saved_bytes(self.model)
+    def source(self) -> Source | None:
+        """The checkpoint directory that the model came from, as it lies there now; None where there is none."""
+        loaded_from = getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        path = self.state.source or (Path(loaded_from) if loaded_from else None)
+        if path is None or not (path / "config.json").is_file():
+            return None
+        found = Source(path, self.model.dtype, strict=False)
+        return found if part_for(self.model.config, found.stated) is not None else None
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write a plain Hugging Face checkpoint (and the tokenizer, where there is one) to directory `path`.
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights in a checkpoint of the kind that the model came from: quantised, if that was."""
+        return saving.size_in(self, "source")
+
+    def bytes_in(self, format: str, *, cut: bool = False) -> int:
+        """Size of the weights in the checkpoint that `save(format=...)` would write.
+
+        `cut`: once experts were removed, without what cannot be cut with them (next-token-prediction layers).
+        """
+        return saving.size_in(self, format, cut=cut)
+
+    def expert_bytes(self, format: str) -> dict[int, int]:
+        """{layer: size of one expert} in the checkpoint that `save(format=...)` would write."""
+        return saving.expert_sizes(self, format)
+
+    def save(self, path: str | Path, *, format: str = "hf", overwrite: bool = False) -> Path:
+        """Write a Hugging Face checkpoint to directory `path`, with tokenizer, templates, licence and a model card.
+
+        format: "hf" for plain tensors, or "source" to quantise as the checkpoint did that the model came from: what was
+            not changed keeps its very bytes.
 
         Raises:
-            ValueError: the model cannot be stored as a plain checkpoint; says why and what can be done.
+            ValueError: the model cannot be stored as such a checkpoint; says why and what can be done.
             FileExistsError: the directory is there and `overwrite` is off.
             OSError: the disk cannot hold it. Nothing is left behind.
         """
-        config = checkpoint.plain_config(self.model, self.stack, self.layers)
-        with checkpoint.complete_directory(path, overwrite=overwrite, size=self.num_bytes) as half:
-            checkpoint.write(self.model, config, half, tokenizer=self.tokenizer, original_experts=self.original_ids)
-        return Path(path)
+        return saving.save(self, path, format=format, overwrite=overwrite)
+
+    def write(self, directory: Path, *, format: str = "hf") -> None:
+        """Write the checkpoint that `save` writes into a directory that is there and empty."""
+        saving.write(self, saving.draft(self, format), directory)
+
+    def notes(self) -> dict[str, Any]:
+        """What goes to moestro.json beside a saved checkpoint, as plain data."""
+        return {"original_experts": {str(i): list(ids) for i, ids in self.original_ids.items()}}
+
+    def _parts(self, names: Collection[str], *, meta: bool = False) -> Iterator[dict[str, Tensor]]:
+        """The model's tensors of these names, a numbered layer at a time: what is converted together stays together."""
+        state = self.model.state_dict()
+        parts: dict[str, list[str]] = {}
+        for name in state:
+            if name in names:
+                number = re.match(r"(?:[^.]*[^.\d][^.]*\.)*?\d+\.", name)
+                parts.setdefault(number.group(0) if number else "", []).append(name)
+        for part in parts.values():
+            if meta:
+                yield saving.meta({name: state[name] for name in part})
+            else:
+                yield {name: self._at_hand(name, state[name]) for name in part}
+
+    def _at_hand(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor itself, fetched where accelerate keeps it elsewhere."""
+        if tensor.device.type == "meta" and getattr(self.model, "hf_device_map", None):
+            tensor = load_offloaded_parameter(self.model, name)
+        return tensor.detach()
 
 
 def open(
@@ -228,6 +281,7 @@ def open(
         if isinstance(model, nn.Module):
             raise ValueError("stream=True opens a checkpoint directory; this model is in memory already")
         return StreamView(model, tokenizer=tokenizer, part=part, **load_options)
+    source = Path(model) if isinstance(model, str | Path) and Path(model).is_dir() else None
     if isinstance(model, str | Path):
         model, found, seconds = load(model, **load_options)
         tokenizer = found if tokenizer is None else tokenizer
@@ -239,4 +293,6 @@ def open(
         return HeadView(model, tokenizer)
     view = ExpertView(model, tokenizer, part=part)
     view.load_seconds = seconds
+    if source is not None:
+        view.state.source = source.absolute()
     return view

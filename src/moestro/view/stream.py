@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,16 +23,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import moestro.view.checkpoint as checkpoint
+import moestro.view.saving as saving
 import moestro.view.surgery as surgery
+from moestro.formats.hf import Group
+from moestro.formats.source import Source
+from moestro.formats.tensors import SHARD_BYTES, check_complete
 from moestro.view.heads import AnyObserver
-from moestro.view.layers import MoELayer, load_tokenizer
+from moestro.view.layers import MoELayer, adopt_generation_config, load_tokenizer
 from moestro.view.lm_logits import hand_logits, language_model, logits_observers
 from moestro.view.observe import _merged, _rank_and_world, as_batch, progress_bar
 from moestro.view.open import ExpertView
-from moestro.view.stream_parts import Ahead, State, adopt_generation_config, copy_companions, list_of, router_names
+from moestro.view.stream_parts import Ahead, State, list_of, router_names
 from moestro.view.stream_walk import Hidden, Progress, Walk
-from moestro.view.stream_weights import SHARD_BYTES, Group, Weights, Writer
+from moestro.view.stream_weights import Weights
 from moestro.view.taps import HEAD_NEEDS
 
 HIDDEN_BYTES = 2**30
@@ -43,11 +46,13 @@ class StreamView(ExpertView):
     """An ExpertView whose weights stay on disk. `observe`, `keep_experts`, `merge_experts`, `set_top_k` and `save` work
     as in memory; `view.model` holds no weights but the routers', so it cannot be called itself.
 
-    `path`: a checkpoint directory in a plain (not quantised) type. `dtype`, `attn_implementation` and
-    `experts_implementation` as for `from_pretrained`; `device`: where layers are computed, one at a time.
+    `path`: a checkpoint directory, plain or quantised (then dequantised layer by layer). `dtype`,
+    `attn_implementation` and `experts_implementation` as for `from_pretrained`; `device`: where layers are computed,
+    one at a time.
 
     Raises:
-        FileNotFoundError, ValueError: an incomplete or quantised checkpoint, or a model that ExpertView refuses.
+        FileNotFoundError, ValueError: an incomplete checkpoint, one that is quantised in a way that is not read, or a
+            model that ExpertView refuses.
     """
 
     streamed = True
@@ -68,7 +73,7 @@ class StreamView(ExpertView):
         self.path = Path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"stream=True opens a checkpoint directory; there is none at {path}")
-        checkpoint.check_complete(self.path)
+        check_complete(self.path)
         config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
@@ -86,20 +91,19 @@ class StreamView(ExpertView):
         self._as_opened = [State(module, self._holders_in(i)) for i, module in enumerate(self._decoder)]
 
     @property
+    def source(self) -> Source:
+        """The checkpoint directory that is streamed."""
+        return self._weights.source
+
+    @property
     def original_bytes(self) -> int:
         """Size of the weights in the checkpoint on disk; `num_bytes` is that of the one to be saved."""
-        return self._weights.nbytes
+        return self.source.nbytes
 
     @property
     def device(self) -> torch.device:
         """Where layers are computed."""
         return torch.device(self._weights.device)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the weights in the checkpoint that `save` would write."""
-        state = self.model.state_dict()
-        return sum(state[name].nbytes for name in self._weights.saved_names())
 
     # Surgery: at once on the skeleton, which checks it; on the weights whenever a layer is loaded
 
@@ -325,49 +329,34 @@ class StreamView(ExpertView):
 
     # Save
 
-    def save(self, path: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> Path:
-        """Write the planned model as a plain Hugging Face checkpoint, holding one decoder layer in memory at a time.
+    def save(
+        self, path: str | Path, *, format: str = "hf", overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+    ) -> Path:
+        """Write the planned model as a Hugging Face checkpoint, holding one decoder layer in memory at a time.
 
-        The tensors are those that `ExpertView.save` writes; files are split at `shard_bytes`. Tokenizer and processor
-        files are copied.
+        The files are those that `ExpertView.save` writes; weights are split at `shard_bytes`.
 
         Raises:
-            ValueError: the model cannot be stored as a plain checkpoint; says why and what can be done.
+            ValueError: the model cannot be stored as such a checkpoint; says why and what can be done.
             FileExistsError: the directory is there and `overwrite` is off.
             OSError: the disk cannot hold it. Nothing is left behind.
         """
-        config = checkpoint.plain_config(self.model, self.stack, self.layers)
-        config.dtype = str(self.model.dtype).removeprefix("torch.")
-        config.architectures = [type(self.model).__name__]
-        names = self._weights.saved_names()
-        with self._configured(config), torch.no_grad():
-            layout: dict[str, Tensor] = {}
+        return saving.save(self, path, format=format, overwrite=overwrite, shard_bytes=shard_bytes)
+
+    def _parts(self, names: Collection[str], *, meta: bool = False) -> Iterator[dict[str, Tensor]]:
+        """As in memory; every part has its weights until the next is asked for."""
+        if meta:
             for index, groups in self._units():
-                layout |= self._weights.to_stored(self._tensors(index, groups, names))
-        size = sum(t.nbytes for t in layout.values())
-        with checkpoint.complete_directory(path, overwrite=overwrite, size=size) as half, torch.no_grad():
-            copy_companions(self.path, half)
-            config.save_pretrained(half)
-            if self.model.can_generate():
-                self.model.generation_config.save_pretrained(half)
-            checkpoint.write_beside(half, self.tokenizer, self.original_ids)
-            writer = Writer(half, layout, shard_bytes=shard_bytes)
-            try:
-                with progress_bar() as bar, Ahead(self._weights) as ahead:
-                    task = bar.add_task("saving", total=len(self._decoder))
-                    for index, groups in self._units():
-                        with self._loaded(index, ahead) if index is not None else self._part(groups):
-                            if index is not None:
-                                ahead.start(self._groups(index + 1) if index + 1 < len(self._decoder) else [])
-                            with self._configured(config):
-                                stored = self._weights.to_stored(self._tensors(index, groups, names))
-                            for name in list(stored):
-                                writer.write(name, stored.pop(name))
-                        bar.advance(task, index is not None)
-                writer.finish()
-            finally:
-                writer.close()
-        return Path(path)
+                yield saving.meta(self._tensors(index, groups, names))
+            return
+        with progress_bar() as bar, Ahead(self._weights) as ahead:
+            task = bar.add_task("saving", total=len(self._decoder))
+            for index, groups in self._units():
+                with self._loaded(index, ahead) if index is not None else self._part(groups):
+                    if index is not None:
+                        ahead.start(self._groups(index + 1) if index + 1 < len(self._decoder) else [])
+                    yield self._tensors(index, groups, names)
+                bar.advance(task, index is not None)
 
     def _units(self) -> Iterator[tuple[int | None, list[Group]]]:
         """Everything in the checkpoint in parts: decoder layers by number, and each group outside of them."""
@@ -377,7 +366,7 @@ class StreamView(ExpertView):
             if not group.targets[0].startswith(self._list_name + "."):
                 yield None, [group]
 
-    def _tensors(self, index: int | None, groups: list[Group], names: set[str]) -> dict[str, Tensor]:
+    def _tensors(self, index: int | None, groups: list[Group], names: Collection[str]) -> dict[str, Tensor]:
         """The tensors of one part that are to be saved, as they are now, by their names in the model."""
         if index is not None:
             prefix = f"{self._list_name}.{index}."
@@ -400,11 +389,3 @@ class StreamView(ExpertView):
         finally:
             for state in states:
                 state.restore()
-
-    @contextmanager
-    def _configured(self, config: Any) -> Iterator[None]:
-        former, self.model.config = self.model.config, config
-        try:
-            yield
-        finally:
-            self.model.config = former

@@ -1,20 +1,19 @@
-"""What a streamed view is put together with: weights that come and go, reading ahead, what lies beside the weights."""
+"""What a streamed view is put together with: weights that come and go, reading ahead."""
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import moestro.view.surgery as surgery
+from moestro.formats.hf import Group
 from moestro.view.layers import MoELayer, _could_route, is_experts
 from moestro.view.rules import named_tensors
-from moestro.view.stream_weights import Group, Weights
+from moestro.view.stream_weights import Weights
 
 PREFETCH_BYTES = 2**31
 """Layers up to this size are read ahead while the layer before them computes."""
@@ -53,24 +52,6 @@ def list_of(layers: Sequence[MoELayer]) -> str:
     if not numbers:
         raise ValueError(f"{layers[0].name} lies in no list of decoder layers; open the model with stream=False")
     return layers[0].name[: numbers[-1].start()]
-
-
-def adopt_generation_config(model: Any, path: Path) -> None:
-    from transformers import GenerationConfig
-
-    if model.can_generate() and (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
-
-
-COMPANIONS = ("*.jinja", "*.model", "*.txt", "*tokenizer*", "vocab*", "special_tokens_map.json", "*processor*.json")
-"""Files of a checkpoint directory that a pruned one needs as well."""
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    for pattern in (*COMPANIONS, "LICENSE*"):
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
 
 
 class Ahead:

@@ -60,8 +60,14 @@ class Sizes:
         return self.shared + count * self.whole_layer_set
 
 
-def measure(layers: Sequence[MoELayer], total: int) -> Sizes:
-    """Sizes of a model whose saved checkpoint takes `total` bytes."""
+def measure(layers: Sequence[MoELayer], total: int, expert_bytes: Mapping[int, int] | None = None) -> Sizes:
+    """Sizes of a model whose saved checkpoint takes `total` bytes.
+
+    expert_bytes: {layer: bytes of one expert} there; by default as in memory.
+    """
+    if expert_bytes is not None:
+        experts = sum(expert_bytes[layer.index] * layer.num_experts for layer in layers)
+        return Sizes(total - experts, dict(expert_bytes))
     expert, experts = {}, 0
     for layer in layers:
         size = 0

@@ -1,0 +1,1 @@
+"""How checkpoints are stored and what others read of them: configs, named tensors and plain data in; knows no view."""
