@@ -67,9 +67,9 @@ FAMILIES = {
     "deepseek_v3": DEEPSEEK,
     "deepseek_v3, biases below 0": dataclasses.replace(DEEPSEEK, change=_negative_biases),
     "deepseek_v3 with MTP": dataclasses.replace(DEEPSEEK, mtp=True),
-    "glm4_moe": Family("glm4_moe", {"n_group": 1, "topk_group": 1}, stated={"use_qk_norm": False}),
+    "glm4_moe": Family("glm4_moe", {"n_group": 1, "topk_group": 1, "head_dim": 16}, stated={"use_qk_norm": False}),
     "gpt_oss": Family("gpt_oss", {"max_position_embeddings": 131_072}),
-    "phimoe": Family("phimoe", {"sliding_window": None, "attention_bias": True, "lm_head_bias": True}),
+    "phimoe": Family("phimoe", {"sliding_window": None, "attention_bias": True, "lm_head_bias": True}, stated={"architectures": ["PhiMoEForCausalLM"]}),
     "granitemoe": Family("granitemoe"),
     "minimax_m2": Family(
         "minimax_m2",

@@ -13,7 +13,7 @@ import llama_cpp
 import numpy
 
 SOURCES = next((Path(sys.prefix) / "sources").glob("*/vendor/llama.cpp"))
-QUANTISED = {"q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}
+QUANTISED = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}
 
 
 def convert(path, variant):
