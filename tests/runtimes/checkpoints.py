@@ -29,10 +29,11 @@ V = 50_304
 """Vocabulary of the tiny models: GPT-2's 50,257 tokens, one of GLM's, and padding."""
 WORDS = (100, 50_000)
 
-# Rows of every matrix are whole blocks of 32, which q8_0 wants.
-SIZES = dict(vocab_size=V, hidden_size=64, moe_intermediate_size=32, intermediate_size=64, num_attention_heads=4)
-SIZES |= dict(num_key_value_heads=2, head_dim=16, max_position_embeddings=96, shared_expert_intermediate_size=32)
-LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16)
+# Rows of every matrix are whole blocks of 32, which q8_0 wants; vLLM's attention wants heads of 32 at least.
+HEAD = 32
+SIZES = dict(vocab_size=V, hidden_size=128, moe_intermediate_size=64, intermediate_size=96, num_attention_heads=4)
+SIZES |= dict(num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=96, shared_expert_intermediate_size=64)
+LATENT = dict(q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32)
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,21 @@ DEEPSEEK = Family(
     stated={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
 )
 FAMILIES = {
-    "qwen3_moe": Family("qwen3_moe", {"norm_topk_prob": True, "head_dim": 16, "mlp_only_layers": []}, {"num_local_experts": "num_experts"}),
+    "qwen3_moe": Family("qwen3_moe", {"norm_topk_prob": True, "head_dim": HEAD, "mlp_only_layers": []}, {"num_local_experts": "num_experts"}),
     "qwen2_moe": Family("qwen2_moe", {"mlp_only_layers": []}),
     "olmoe": Family("olmoe", {"num_key_value_heads": 4}),
     "mixtral": Family("mixtral"),
     "deepseek_v3": DEEPSEEK,
     "deepseek_v3, biases below 0": dataclasses.replace(DEEPSEEK, change=_negative_biases),
     "deepseek_v3 with MTP": dataclasses.replace(DEEPSEEK, mtp=True),
-    "glm4_moe": Family("glm4_moe", {"n_group": 1, "topk_group": 1, "head_dim": 16}, stated={"use_qk_norm": False}),
+    "glm4_moe": Family("glm4_moe", {"n_group": 1, "topk_group": 1, "head_dim": HEAD}, stated={"use_qk_norm": False}),
     "gpt_oss": Family("gpt_oss", {"max_position_embeddings": 131_072}),
     "phimoe": Family("phimoe", {"sliding_window": None, "attention_bias": True, "lm_head_bias": True}, stated={"architectures": ["PhiMoEForCausalLM"]}),
     "granitemoe": Family("granitemoe"),
     "minimax_m2": Family(
         "minimax_m2",
         stated={"scoring_func": "sigmoid", "use_qk_norm": True, "qk_norm_type": "per_layer", "use_routing_bias": True}
-        | {"rotary_dim": 16, "shared_intermediate_size": 0, "num_mtp_modules": 0},
+        | {"rotary_dim": HEAD, "shared_intermediate_size": 0, "num_mtp_modules": 0},
     ),
     "ernie4_5_moe": Family("ernie4_5_moe"),
     "dots1": Family("dots1", {"n_group": 1, "topk_group": 1}, stated={"scoring_func": "noaux_tc"}),

