@@ -73,7 +73,8 @@ def to_stored(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _plain_conversions(model: Any) -> Iterator[None]:
     """Without the steps of a quantised load, which have no way back: what is stored is plain."""
     used = getattr(model, "_weight_conversions", None)
-    if getattr(model, "hf_quantizer", None) is None:
+    steps = [type(step).__name__ for conversion in used or () for step in getattr(conversion, "operations", ())]
+    if getattr(model, "hf_quantizer", None) is None and not any("quantize" in step.lower() for step in steps):
         yield
         return
     model._weight_conversions = None  # transformers then takes the family's own

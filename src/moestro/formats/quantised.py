@@ -301,7 +301,7 @@ def mxfp4_encode(matrix: Tensor) -> tuple[Tensor, Tensor]:
     A block's scale is the smallest power of two with which nothing exceeds 6, the largest magnitude; values in the
     middle go to the neighbour with an even code.
     """
-    groups = matrix.float().unflatten(-1, (-1, MX_BLOCK))
+    groups = matrix.float().contiguous().unflatten(-1, (-1, MX_BLOCK))
     exponent = _exponent_above(groups.abs().amax(-1) / E2M1[-1]).clamp(-127, 127)
     scaled = groups / exponent.exp2()[..., None]
     size = scaled.abs().clamp(max=E2M1[-1])

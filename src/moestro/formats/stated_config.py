@@ -54,7 +54,13 @@ def stated_config(
         plain.pop(key, None)
     wanted = plain
     if source is not None and opened is not None and type(opened) is type(config):
-        wanted = _merged(plain, source, opened, config, changed_numbers(opened, config, counts), counts)
+        changed = changed_numbers(opened, config, counts)
+        plain |= {  # what transformers only passes on
+            key: _recounted(key, value, changed, counts)
+            for key, value in plain.items()
+            if key not in getattr(type(config), "__dataclass_fields__", {})
+        }
+        wanted = _merged(plain, source, opened, config, changed, counts)
     return _checked(type(config), plain, _with_other_names(wanted, config, counts))
 
 
@@ -129,6 +135,8 @@ def _recounted(key: str, value: Any, changed: Sequence[Mapping[int, int]], count
     for pattern, numbers in zip(counts, changed):
         if type(value) is int and pattern.search(key):
             return numbers.get(value, value)
+        if isinstance(value, list) and pattern.search(key):  # one for each stack of experts
+            return [numbers.get(n, n) if type(n) is int else n for n in value]
     return value
 
 

@@ -96,9 +96,9 @@ def _places(config: Any) -> Iterator[Any]:
 
 def in_words(names: list[str]) -> str:
     """Names of tensors, short: `model.layers.61.* (12 tensors)`."""
-    heads: dict[str, int] = {}
+    parts: dict[str, list[str]] = {}
     for name in names:
-        head = re.match(r".*?layers\.\d+|[^.]*mtp|[^.]*\.mtp", name)
-        heads[head.group(0) + ".*" if head else name] = heads.get(head.group(0) + ".*" if head else name, 0) + 1
-    told = [f"{head} ({count} tensors)" if head.endswith(".*") else head for head, count in heads.items()]
+        head = re.match(r".*?layers\.\d+|([^.]*\.)?mtp[^.]*|.*visual|.*vision[^.]*", name)
+        parts.setdefault(head.group(0) if head else name, []).append(name)
+    told = [f"{head}.* ({len(part)} tensors)" if len(part) > 1 else part[0] for head, part in parts.items()]
     return ", ".join(told[:4]) + (f" and {len(told) - 4} more" if len(told) > 4 else "")
