@@ -1,7 +1,7 @@
-"""The checkpoints that clients load: sources as the hub has them, saved again by moestro whole and with half the experts.
+"""The checkpoints that clients load: sources as the hub has them, saved by moestro whole and with half the experts.
 
-A source is a tiny random model of a family in fp32 (or `quartet`, really trained, in bf16), with the configuration under
-the names of the hub's files. The reference of each checkpoint are the logits of the model in memory, in transformers'
+A source is a tiny random model of a family in fp32 (or `quartet`, really trained, in bf16), its configuration under the
+names of the hub's files. The reference of each checkpoint are the logits of the model in memory, in transformers'
 own fp32 code, taken before anything is written.
 """
 
@@ -33,7 +33,8 @@ WORDS = (100, 50_000)
 HEAD = 32
 SIZES = dict(vocab_size=V, hidden_size=128, moe_intermediate_size=64, intermediate_size=96, num_attention_heads=4)
 SIZES |= dict(num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=96, shared_expert_intermediate_size=64)
-LATENT = dict(q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32)
+# The two widths of latent attention that kernels are made for.
+LATENT = dict(q_lora_rank=64, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=32)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,11 @@ DEEPSEEK = Family(
     stated={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
 )
 FAMILIES = {
-    "qwen3_moe": Family("qwen3_moe", {"norm_topk_prob": True, "head_dim": HEAD, "mlp_only_layers": []}, {"num_local_experts": "num_experts"}),
+    "qwen3_moe": Family(
+        "qwen3_moe",
+        {"norm_topk_prob": True, "head_dim": HEAD, "mlp_only_layers": []},
+        {"num_local_experts": "num_experts"},
+    ),
     "qwen2_moe": Family("qwen2_moe", {"mlp_only_layers": []}),
     "olmoe": Family("olmoe", {"num_key_value_heads": 4}),
     "mixtral": Family("mixtral"),
@@ -70,7 +75,11 @@ FAMILIES = {
     "deepseek_v3 with MTP": dataclasses.replace(DEEPSEEK, mtp=True),
     "glm4_moe": Family("glm4_moe", {"n_group": 1, "topk_group": 1, "head_dim": HEAD}, stated={"use_qk_norm": False}),
     "gpt_oss": Family("gpt_oss", {"max_position_embeddings": 131_072}),
-    "phimoe": Family("phimoe", {"sliding_window": None, "attention_bias": True, "lm_head_bias": True}, stated={"architectures": ["PhiMoEForCausalLM"]}),
+    "phimoe": Family(
+        "phimoe",
+        {"sliding_window": None, "attention_bias": True, "lm_head_bias": True},
+        stated={"architectures": ["PhiMoEForCausalLM"]},
+    ),
     "granitemoe": Family("granitemoe"),
     "minimax_m2": Family(
         "minimax_m2",
@@ -110,20 +119,19 @@ def make(family: str, folder: Path, tokenizer: Path | None = None) -> list[Check
         small = tiny(FAMILIES[family])
         source, ids = write_source(FAMILIES[family], small, folder / "source", tokenizer), random_ids()
         before = logits_of(small.model, ids)
-    view = moestro.open(source, dtype=torch.float32)
-    if family != QUARTET:
-        torch.testing.assert_close(logits_of(view.model, ids), before, rtol=0, atol=1e-4)
     numpy.save(folder / "ids.npy", ids.numpy())
     made = []
     for kind in ("original", "pruned"):
+        # quartet is measured in fp32 and saved from the bf16 that it is stored in
+        saved, measured = (moestro.open(source), moestro.open(source, dtype=torch.float32))
         if kind == "pruned":
-            view.keep_experts({layer.index: range(0, layer.num_experts, 2) for layer in view.layers})
+            for view in (saved, measured):
+                view.keep_experts({layer.index: range(0, layer.num_experts, 2) for layer in view.layers})
+        elif family != QUARTET:
+            torch.testing.assert_close(logits_of(measured.model, ids), before, rtol=0, atol=1e-4)
         made.append(Checkpoint(family, kind, folder / kind, folder / "ids.npy", folder / f"{kind}.npy"))
-        numpy.save(made[-1].reference, logits_of(view.model, ids).numpy())
-        if family == QUARTET:  # its weights are bf16 on disk, so nothing is lost
-            view.model.to(torch.bfloat16)
-        view.save(folder / kind)
-        view.model.float()
+        numpy.save(made[-1].reference, logits_of(measured.model, ids).numpy())
+        saved.save(folder / kind)
     shutil.rmtree(folder / "source", ignore_errors=True)
     return made
 

@@ -10,6 +10,7 @@ through `convert_hf_to_gguf.py`; `llama-quantize` makes any quantised type of th
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,7 +49,9 @@ def write_gguf(checkpoint: str | Path, path: str | Path, *, dtype: str = "f16", 
     """
     checkpoint, path = Path(checkpoint), Path(path)
     if dtype not in TYPES:
-        raise ValueError(f"dtype={dtype!r} is not written; choose one of {', '.join(TYPES)} and run llama-quantize on it")
+        raise ValueError(
+            f"dtype={dtype!r} is not written; choose one of {', '.join(TYPES)} and run llama-quantize on it"
+        )
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another file or pass overwrite (--overwrite)")
     check_complete(checkpoint)
@@ -104,13 +107,13 @@ def check_config(config: Mapping[str, Any]) -> None:
     for key, is_wrong in wrong.items():
         if is_wrong:
             raise ValueError(
-                f"{key}={config.get(key)} in config.json: llama.cpp's {ARCHITECTURES[name]} does not compute that, so a "
+                f"{key}={config.get(key)} in config.json: {ARCHITECTURES[name]} in llama.cpp does not compute that: a "
                 "GGUF file would be another model"
             )
 
 
 def split_name(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name of how a tokenizer.json splits text. Raises ValueError where it has none, with what is stated."""
+    """Name in llama.cpp of how a tokenizer.json splits text. Raises ValueError, saying what is stated, for no name."""
     model, stated = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     plain = {"byte_fallback": False, "ignore_merges": False, "continuing_subword_prefix": None}
     odd = {key: model.get(key) for key, value in plain.items() if (model.get(key) or value) != value}
@@ -185,6 +188,7 @@ def _write_tokenizer(
     writer.add_tokenizer_pre(split_as)
     writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in range(size)])
     writer.add_token_types([kinds.get(i, gguf.TokenType.UNUSED) for i in range(size)])
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of templates for pairs of texts, unused here
     special = gguf.SpecialVocab(checkpoint, load_merges=True, n_vocab=size)
     special.add_to_gguf(writer, quiet=True)
     ends = _ends(checkpoint) - {special.special_token_ids.get("eos")}
@@ -204,7 +208,7 @@ def _tensors(checkpoint: Path, config: Mapping[str, Any]) -> Iterator[tuple[str,
     waiting: dict[str, dict[int, Tensor]] = {}
     for file in weight_files(checkpoint):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118: no mapping
+            for name in sorted(tensors.keys()):
                 if config.get("tie_word_embeddings") and name == "lm_head.weight":
                     continue
                 found = EXPERT.fullmatch(name)

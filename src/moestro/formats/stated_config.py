@@ -60,6 +60,9 @@ def stated_config(
             for key, value in plain.items()
             if key not in getattr(type(config), "__dataclass_fields__", {})
         }
+        names = source.get("architectures") or []
+        if names and not any(hasattr(transformers, name) for name in names):
+            plain["architectures"] = names  # the hub's name of the family's class, by which other readers know it
         wanted = _merged(plain, source, opened, config, changed, counts)
     return _checked(type(config), plain, _with_other_names(wanted, config, counts))
 
@@ -76,8 +79,6 @@ def _merged(
     merged = dict(plain)
     same_rope = _attribute(before, "rope_parameters") == _attribute(now, "rope_parameters")
     for key, value in source.items():
-        if key == "architectures" and value and not any(hasattr(transformers, name) for name in value):
-            merged[key] = value  # the hub's name of the family's class, by which other readers know it
         if key in NOT_CARRIED:
             continue
         old, new = _attribute(before, key), _attribute(now, key)

@@ -13,7 +13,9 @@ def measure(item):
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(job.load_ids(item))).logits
     job.save_logits(item, logits.float())
-    return {"experts": getattr(model.config, "num_experts", getattr(model.config, "num_local_experts", None))} | problems
+    return {
+        "experts": getattr(model.config, "num_experts", getattr(model.config, "num_local_experts", None))
+    } | problems
 
 
 job.run(measure, ["transformers", "torch"])
