@@ -110,7 +110,13 @@ class Checkpoint:
 
 
 def make(family: str, folder: Path, tokenizer: Path | None = None) -> list[Checkpoint]:
-    """Both checkpoints of a family, or of `quartet`, saved by moestro into `folder`."""
+    """Both checkpoints of a family, or of `quartet`, saved by moestro into `folder`; or found there, where whole."""
+    made = [
+        Checkpoint(family, kind, folder / kind, folder / "ids.npy", folder / f"{kind}.npy")
+        for kind in ("original", "pruned")
+    ]
+    if all(checkpoint.path.is_dir() for checkpoint in made):
+        return made
     folder.mkdir(parents=True)
     if family == QUARTET:
         source, ids = bundled_path(QUARTET), quartet_ids()
@@ -120,18 +126,16 @@ def make(family: str, folder: Path, tokenizer: Path | None = None) -> list[Check
         source, ids = write_source(FAMILIES[family], small, folder / "source", tokenizer), random_ids()
         before = logits_of(small.model, ids)
     numpy.save(folder / "ids.npy", ids.numpy())
-    made = []
-    for kind in ("original", "pruned"):
+    for checkpoint in made:
         # quartet is measured in fp32 and saved from the bf16 that it is stored in
         saved, measured = (moestro.open(source), moestro.open(source, dtype=torch.float32))
-        if kind == "pruned":
+        if checkpoint.kind == "pruned":
             for view in (saved, measured):
                 view.keep_experts({layer.index: range(0, layer.num_experts, 2) for layer in view.layers})
         elif family != QUARTET:
             torch.testing.assert_close(logits_of(measured.model, ids), before, rtol=0, atol=1e-4)
-        made.append(Checkpoint(family, kind, folder / kind, folder / "ids.npy", folder / f"{kind}.npy"))
-        numpy.save(made[-1].reference, logits_of(measured.model, ids).numpy())
-        saved.save(folder / kind)
+        numpy.save(checkpoint.reference, logits_of(measured.model, ids).numpy())
+        saved.save(checkpoint.path)
     shutil.rmtree(folder / "source", ignore_errors=True)
     return made
 

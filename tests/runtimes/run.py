@@ -239,10 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", nargs="*", default=[*CLIENTS], choices=[*CLIENTS])
     parser.add_argument("--families", nargs="*", default=[*FAMILIES, QUARTET])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, help="a folder that keeps checkpoints and conversions for another run")
     chosen = parser.parse_args(arguments)
     from runtimes.page import write_page
 
-    work = Path(tempfile.mkdtemp(prefix="moestro-runtimes-"))
+    work = chosen.work or Path(tempfile.mkdtemp(prefix="moestro-runtimes-"))
+    work.mkdir(parents=True, exist_ok=True)
     try:
         found = json.loads(chosen.out.read_text()) if chosen.out.exists() else {"rows": [], "not_installed": {}}
         checkpoints = make_all(chosen.families, work)
@@ -260,11 +262,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except CannotInstall as e:
                 found["not_installed"][client] = str(e)
                 print(f"{client}: not installed: {e}", flush=True)
-        chosen.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        if chosen.out == RESULTS:
-            write_page(found)
+            chosen.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            if chosen.out == RESULTS:
+                write_page(found)
     finally:
-        shutil.rmtree(work)
+        if chosen.work is None:
+            shutil.rmtree(work)
 
 
 if __name__ == "__main__":

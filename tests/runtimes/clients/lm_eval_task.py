@@ -29,7 +29,8 @@ def measure(item):
     data = folder / "documents.jsonl"
     data.write_text("\n".join(json.dumps({"text": text}) for text in item["texts"]))
     (folder / "local_documents.yaml").write_text(TASK.format(data=data))
-    model = HFLM(pretrained=item["path"], dtype="float32", device="cpu", batch_size=1, add_bos_token=True)
+    # the first token is conditioned on the beginning-of-text token, which lm-eval puts there itself
+    model = HFLM(pretrained=item["path"], dtype="float32", device="cpu", batch_size=1, add_bos_token=False)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     result = lm_eval.simple_evaluate(model=model, tasks=["local_documents"], task_manager=manager, bootstrap_iters=0)
     return {"bits_per_byte": result["results"]["local_documents"]["bits_per_byte,none"]}
