@@ -45,6 +45,7 @@ class Family:
     overrides: dict[str, Any] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     stated: dict[str, Any] = field(default_factory=dict)
+    rope: dict[str, Any] = field(default_factory=dict)
     change: Callable[[nn.Module], None] | None = None
     mtp: bool = False
 
@@ -75,10 +76,11 @@ FAMILIES = {
     "deepseek_v3 with MTP": dataclasses.replace(DEEPSEEK, mtp=True),
     "glm4_moe": Family("glm4_moe", {"n_group": 1, "topk_group": 1, "head_dim": HEAD}, stated={"use_qk_norm": False}),
     "gpt_oss": Family("gpt_oss", {"max_position_embeddings": 131_072}),
+    "gpt_oss, truncated YaRN": Family("gpt_oss", {"max_position_embeddings": 131_072}, rope={"truncate": True}),
     "phimoe": Family(
         "phimoe",
         {"sliding_window": None, "attention_bias": True, "lm_head_bias": True},
-        stated={"architectures": ["PhiMoEForCausalLM"]},
+        stated={"architectures": ["PhiMoEForCausalLM"], "original_max_position_embeddings": 96},
     ),
     "granitemoe": Family("granitemoe"),
     "minimax_m2": Family(
@@ -147,7 +149,9 @@ def tiny(family: Family) -> TinyModel:
     if "moe_intermediate_size" not in fields:  # there the plain width is the experts'
         sizes["intermediate_size"] = SIZES["moe_intermediate_size"]
     default = model_class(family.family).config_class().rope_parameters
-    rope = dict(default, rope_theta=30_000.0)  # no client's default, so that it shows where it is not read
+    rope = dict(
+        default, rope_theta=30_000.0, **family.rope
+    )  # no client's default, so that it shows where it is not read
     small = build(family.family, rope_parameters=rope, **sizes, **family.overrides)
     if family.change:
         family.change(small.model)

@@ -23,6 +23,10 @@ CLOSED_GROUPS = (
     "that make scores negative it chooses experts of closed groups. llama.cpp and transformers 5.23 agree with each "
     "other. See `findings/closed_groups.sh`."
 )
+MXFP4 = (
+    "The client reads gpt-oss as MXFP4 (or under its own names) alone; save with `--format source` where the source is "
+    "MXFP4."
+)
 UNKNOWN = "The client does not know this family."
 NOTES: dict[tuple[str, str], str] = {
     ("transformers-4", "deepseek_v3, biases below 0"): CLOSED_GROUPS,
@@ -30,14 +34,14 @@ NOTES: dict[tuple[str, str], str] = {
     ("transformers-4", "minimax_m2"): UNKNOWN,
     ("mlx-lm", "deepseek_v3 with MTP"): "The client leaves out weights of a layer 61 alone, the MTP layer of the "
     "full-size model; a carried MTP layer of a model with another depth is too much for it.",
-    ("mlx-lm", "gpt_oss"): "The client reads gpt-oss as MXFP4 (or in its own names) alone; save with "
-    "`--format source` where the source is MXFP4.",
+    ("mlx-lm", "gpt_oss"): MXFP4,
+    ("mlx-lm", "gpt_oss, truncated YaRN"): MXFP4,
     ("mlx-lm", "ernie4_5_moe"): "The client drops the router's correction bias (`e_score_correction_bias`).",
     ("llama.cpp", "ernie4_5_moe"): "The converter wants a SentencePiece `tokenizer.model`, which this tiny model "
     "does not have; not measured.",
     ("llama.cpp", "dots1"): "The converter refuses `scoring_func: noaux_tc`, which dots.llm1's configuration states.",
-    ("llama.cpp", "gpt_oss"): "The client rounds the bounds of YaRN's ramp to whole dimensions; gpt-oss states "
-    "`truncate: false`.",
+    ("llama.cpp", "gpt_oss"): "The client rounds the bounds of YaRN's ramp to whole dimensions, gpt-oss's "
+    "configuration says not to (`truncate: false`); with `truncate: true` it computes the same.",
 }
 """{(client, family): why it differs or refuses, where that is the client's and not the checkpoint's}"""
 
@@ -122,7 +126,8 @@ def _mark(notes: list[str], note: str) -> str:
 def _cell(row: Row) -> str:
     if row["error"]:
         return "refused"
-    number = f"{row['log_probs']:.0e}" if row["log_probs"] < 0.1 else f"{row['log_probs']:.2f}"
+    difference = row["log_probs"]
+    number = "0" if difference == 0 else f"{difference:.0e}" if difference < 0.1 else f"{difference:.2f}"
     return number if row["same"] else f"**{number}**"
 
 
@@ -160,21 +165,24 @@ def _types(rows: Sequence[Row]) -> str:
     return f"## quartet in llama.cpp's types\n\n{said}{rest}\n\n" + _table([head, *body])
 
 
+OTHERS = {
+    "accelerate, disk": "every second decoder layer on disk: largest difference of a log-probability",
+    "PEFT, merged": "LoRA on attention and experts, three steps, merged, saved, opened with moestro: the same",
+    "Trainer": "loss of the first step (in brackets that of the model in memory), then of the eighth on the same text",
+    "lm-eval": "bits per byte of six documents (in brackets those from our logits)",
+}
+
+
 def _others(rows: Sequence[Row]) -> str:
-    clients = {
-        "accelerate, disk": "every second decoder layer on disk; largest difference of a log-probability",
-        "PEFT, merged": "LoRA on attention and experts, three steps, merged, saved, opened with moestro; the same",
-        "Trainer": "loss of the first step beside that of the model in memory, and of the eighth on the same text",
-        "lm-eval": "bits per byte of six documents, beside those from our logits",
-    }
-    body = []
-    for client, what in clients.items():
-        for row in rows:
-            if row["client"] == client:
-                body.append([f"{client}: {what}", row["family"], row["kind"], _other(row)])
-    return "## Training, adapters, offloading, evaluation\n\n" + _table(
-        [["client and measure", "family", "checkpoint", "result"], *body]
-    )
+    own = [row for row in rows if row["client"] in OTHERS]
+    cells = {(row["family"], row["kind"], row["client"]): _other(row) for row in own}
+    lines = [
+        [family, kind, *(cells.get((family, kind, client), "-") for client in OTHERS)]
+        for family, kind in dict.fromkeys((row["family"], row["kind"]) for row in own)
+    ]
+    legend = "\n".join(f"- {client}: {what}." for client, what in OTHERS.items())
+    table = _table([["family", "checkpoint", *OTHERS], *lines])
+    return f"## Training, adapters, offloading, evaluation\n\n{legend}\n\n{table}"
 
 
 def _other(row: Row) -> str:
