@@ -39,6 +39,8 @@ NOTES: dict[tuple[str, str], str] = {
     ("mlx-lm", "ernie4_5_moe"): "The client drops the router's correction bias (`e_score_correction_bias`).",
     ("llama.cpp", "ernie4_5_moe"): "The converter wants a SentencePiece `tokenizer.model`, which this tiny model "
     "does not have; not measured.",
+    ("llama.cpp", "phimoe"): "The client weighs the two chosen experts by one softmax; Phi-3.5-MoE's SparseMixer takes "
+    "each weight from a softmax of its own, over the scores near that expert's.",
     ("llama.cpp", "dots1"): "The converter refuses `scoring_func: noaux_tc`, which dots.llm1's configuration states.",
     ("llama.cpp", "gpt_oss"): "The client rounds the bounds of YaRN's ramp to whole dimensions, gpt-oss's "
     "configuration says not to (`truncate: false`); with `truncate: true` it computes the same.",
