@@ -32,6 +32,11 @@ NOTES: dict[tuple[str, str], str] = {
     ("transformers-4", "deepseek_v3, biases below 0"): CLOSED_GROUPS,
     ("mlx-lm", "deepseek_v3, biases below 0"): CLOSED_GROUPS,
     ("transformers-4", "minimax_m2"): UNKNOWN,
+    (
+        "vllm",
+        "deepseek_v3",
+    ): "Not explained yet: transformers 4, mlx-lm and llama.cpp agree with the model in memory on "
+    "the same files, so it lies in the client or in its build for the CPU.",
     ("mlx-lm", "deepseek_v3 with MTP"): "The client leaves out weights of a layer 61 alone, the MTP layer of the "
     "full-size model; a carried MTP layer of a model with another depth is too much for it.",
     ("mlx-lm", "gpt_oss"): MXFP4,
