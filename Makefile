@@ -6,7 +6,7 @@ STAMP := $(VENV)/.setup-done
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-all check evidence bench models clean
+.PHONY: help setup demo test test-all check evidence bench runtimes models clean
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -37,6 +37,10 @@ evidence: setup  ## rerun every paper's experiment and regenerate docs/evidence.
 bench: setup     ## speed beside transformers' own backends
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/train.py
+
+runtimes: setup  ## load what moestro saves in other programs, measure, write docs/runtimes.md (builds llama.cpp)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'
+	PYTHONPATH=tests $(BIN)/python -W ignore -m runtimes.run
 
 models: setup    ## train the bundled models from scratch (hours)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[recipe]'

@@ -41,6 +41,18 @@ def test_the_models_are_small_and_stored_in_bf16() -> None:
         assert json.loads((Path(bundled_path(name)) / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_transformers_4_and_others_find_the_names_that_they_read() -> None:
+    for name in NAMES:
+        folder = Path(bundled_path(name))
+        config = json.loads((folder / "config.json").read_text())
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+        assert config["torch_dtype"] == config["dtype"]
+        assert config.get("num_experts") == config.get("num_local_experts")
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+        assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert isinstance(tokenizer.get("extra_special_tokens", {}), dict)  # 4 takes no list there
+
+
 def test_solo_has_quartets_active_parameters() -> None:
     quartet, solo = (loaded(name)[0].config for name in ("quartet", "solo"))
     assert solo.intermediate_size == quartet.num_experts_per_tok * quartet.moe_intermediate_size

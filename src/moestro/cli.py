@@ -184,6 +184,26 @@ def apply(
     console.print(f"size        {_size(before)} -> {_size(view.num_bytes)}\ncheckpoint  {out}", highlight=False)
 
 
+@app.command()
+def gguf(
+    checkpoint: Annotated[str, typer.Argument(help="saved checkpoint directory, or bundled model")],
+    file: Annotated[Path, typer.Argument(help="the file to write")],
+    dtype: Annotated[str, typer.Option(help="f32, f16 or bf16; llama-quantize makes the others of it")] = "f16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
+) -> None:
+    """Write a Qwen3 or Qwen3-MoE checkpoint with a tokenizer of its own as a GGUF file for llama.cpp.
+
+    llama.cpp's converter refuses tokenizers that it does not know, as that of the bundled models; checkpoints of the
+    hub's families go through the converter.
+    """
+    from moestro.bundled import bundled_path
+    from moestro.formats.gguf import write_gguf
+
+    source = Path(checkpoint) if Path(checkpoint).exists() else bundled_path(checkpoint) or Path(checkpoint)
+    written = write_gguf(source, file, dtype=dtype, overwrite=overwrite)
+    console.print(f"{written}  {_size(written.stat().st_size)}", highlight=False)
+
+
 app.command()(look)
 app.command()(generate)
 app.add_typer(steer, name="steer")

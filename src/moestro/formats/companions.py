@@ -39,7 +39,7 @@ def write_companions(directory: Path, source: Path | None, tokenizer: Any, gener
             _copy(source, directory, TOKENIZER)
             tokenizer = None
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        write_tokenizer(tokenizer, directory)
     if source is not None:
         _copy_code(source, directory)
     if generation_config is not None:
@@ -47,6 +47,26 @@ def write_companions(directory: Path, source: Path | None, tokenizer: Any, gener
             shutil.copyfile(source / GENERATION, directory / GENERATION)
         else:
             generation_config.save_pretrained(directory)
+
+
+def write_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Save a tokenizer so that transformers 4 (and with it mlx-lm and llama.cpp's converter) reads it as 5 does.
+
+    transformers 5 names its general class `TokenizersBackend` and lists further special tokens under a key that 4 takes
+    for a mapping; both read the older names.
+    """
+    tokenizer.save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    if not file.is_file():
+        return
+    stated = json.loads(file.read_text(encoding="utf-8"))
+    if stated.get("tokenizer_class") == "TokenizersBackend":
+        stated["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(stated.get("extra_special_tokens"), list):
+        stated["additional_special_tokens"] = stated.pop("extra_special_tokens")
+    for key in ("backend", "is_local", "local_files_only"):  # of this process, not of the tokenizer
+        stated.pop(key, None)
+    file.write_text(json.dumps(stated, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _copy(source: Path, target: Path, patterns: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedConfig
 
 NOT_CARRIED = {
@@ -43,24 +44,27 @@ def stated_config(
     """What config.json has to say for `config`, as plain data.
 
     source: the config.json that the model came from, as it was written. opened: what transformers reads from it.
-    Without a source, the family's other names (its `attribute_map`) and the older names of RoPE are stated.
     counts: patterns of names of numbers that a cut changes; a number under such a name that transformers does not know
         follows those that it knows.
+    Beside what the source states stand the family's other names and the older names of RoPE: a source that was itself
+    written by transformers 5 states them no more, and the other readers want them all the same.
     """
     plain: dict[str, Any] = json.loads(config.to_json_string())
     for key in ("auto_map", "quantization_config"):
         plain.pop(key, None)
-    if source is None or opened is None or type(opened) is not type(config):
-        wanted = _with_other_names(plain, config, counts)
-    else:
+    wanted = plain
+    if source is not None and opened is not None and type(opened) is type(config):
         changed = changed_numbers(opened, config, counts)
         plain |= {  # what transformers only passes on
             key: _recounted(key, value, changed, counts)
             for key, value in plain.items()
             if key not in getattr(type(config), "__dataclass_fields__", {})
         }
+        names = source.get("architectures") or []
+        if names and not any(hasattr(transformers, name) for name in names):
+            plain["architectures"] = names  # the hub's name of the family's class, by which other readers know it
         wanted = _merged(plain, source, opened, config, changed, counts)
-    return _checked(type(config), plain, wanted)
+    return _checked(type(config), plain, _with_other_names(wanted, config, counts))
 
 
 def _merged(
@@ -143,7 +147,7 @@ def _recounted(key: str, value: Any, changed: Sequence[Mapping[int, int]], count
 
 
 def _with_other_names(plain: Mapping[str, Any], config: Any, counts: Sequence[re.Pattern[str]]) -> dict[str, Any]:
-    """`plain` and the names under which the hub's checkpoints of the family state the same."""
+    """`plain`, and the names under which the hub's checkpoints of the family state the same, where they are missing."""
     merged = dict(plain)
     for name in getattr(config, "attribute_map", {}):
         value = _attribute(config, name)
@@ -152,7 +156,7 @@ def _with_other_names(plain: Mapping[str, Any], config: Any, counts: Sequence[re
     for name, value in rope_names(config).items():
         merged.setdefault(name, value)
     if "dtype" in plain:
-        merged["torch_dtype"] = plain["dtype"]
+        merged.setdefault("torch_dtype", plain["dtype"])
     for name in getattr(config, "sub_configs", {}):
         if isinstance(plain.get(name), dict) and isinstance(sub := _attribute(config, name), PreTrainedConfig):
             merged[name] = _with_other_names(plain[name], sub, counts)

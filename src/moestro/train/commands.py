@@ -60,6 +60,7 @@ def train(
     """
     import torch
 
+    from moestro.formats.companions import write_tokenizer
     from moestro.train import config as reading
     from moestro.train.trainer import REPORT, Trainer
 
@@ -83,7 +84,7 @@ def train(
         (folder / "train.yaml").write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
     trainer.run()
     if trainer.processes.rank == 0:
-        tokenizer.save_pretrained(folder / "model")
+        write_tokenizer(tokenizer, folder / "model")
         console.print(f"model   {folder / 'model'}\nreport  {folder / REPORT}", highlight=False)
 
 

@@ -9,11 +9,14 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from moestro.data import embedded, token_batches
+from moestro.formats.companions import write_tokenizer
+from moestro.formats.stated_config import stated_config
 from moestro.train import checkpoint
 from moestro.train.card import model_card
 from moestro.train.measure import Measured, measure
 from moestro.train.packing import ROW
 from moestro.train.pretrain import new_model
+from moestro.view.surgery import EXPERT_COUNT, TOP_K
 
 
 def trained_model(kind: str, work: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, dict]:
@@ -42,7 +45,7 @@ def fresh_model(kind: str, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> 
 
 
 def export(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save model, generation settings and tokenizer; every part is plain transformers."""
+    """Save model, generation settings and tokenizer, so that transformers 4 and 5 and other readers take them."""
     end_of_turn = tokenizer.convert_tokens_to_ids("<|end|>")
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -50,7 +53,9 @@ def export(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    stated = stated_config(model.config, counts=(EXPERT_COUNT, TOP_K))
+    (folder / "config.json").write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_tokenizer(tokenizer, folder)
     (folder / "model.safetensors").chmod(0o644)
 
 
