@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import moestro
 from families.tiny import build
 from moestro import Edit, Gain, LogitBias, Replace, Reselect, SwitchOff
+from moestro.recipe import Recipe, keep
 from moestro.routing import Routing
 from moestro.view.heads import HeadMask, HeadMeans
 from moestro.view.observe import ExpertCounts, RoutingTrace, SlotStats
@@ -332,6 +333,20 @@ def test_stacks_that_number_alike_are_called_by_name() -> None:
     for view in (alone, both):
         with view.edits(SwitchOff({(text[0], 0)})):
             assert torch.equal(logits_of(small.model, ids), expected)
+
+
+def test_stacks_with_one_stated_number_are_cut_together(tmp_path: Any) -> None:
+    model = build("ernie4_5_vl_moe").model
+    with pytest.warns(UserWarning, match="left"):
+        alone = moestro.open(model)
+    with pytest.raises(ValueError, match="part='all'"):
+        alone.check(Recipe((keep({layer.name: range(4) for layer in alone.layers}),)))
+    both = moestro.open(model, part="all")
+    both.keep_experts({layer.name: [7, 0, 2, 3] for layer in both.layers})
+    both.save(tmp_path / "cut")
+    again = moestro.open(tmp_path / "cut", part="all")
+    assert again.original_ids == {layer.name: [7, 0, 2, 3] for layer in both.layers}
+    assert_close(logits_of(again.model, IDS), logits_of(model, IDS), **FP32)
 
 
 # --- rows and positions ----------------------------------------------------------------------------------------------

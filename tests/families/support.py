@@ -12,8 +12,8 @@ UNSUPPORTED: dict[str, str] = {
 NO_SURGERY: dict[str, str] = {
     "deepseek_v4": "its first MoE layers look experts up by token id, so none can be removed there",
     "diffusion_gemma": "encoder and decoder share their expert weights, so none can be removed from one alone",
-    "ernie4_5_vl_moe": "its config states one number of experts for text and vision: cut both parts alike "
-    '(`part="text_moe"`, `part="vision_moe"`), then save',
+    "ernie4_5_vl_moe": 'its config states one number of experts for text and vision: open both (`part="all"`) and '
+    "keep as many in each",
 }
 """{family: why `keep_experts` on one view is refused, or its result cannot be saved}. Observing and editing work."""
 

@@ -198,6 +198,11 @@ def fit(
             place = kept.published if stream else complete_directory
             half = cleanup.enter_context(place(out, overwrite=overwrite, apart_from=sources))
         view = open_model(model, tokenizer=tokenizer, stream=stream)
+        if len({layer.index for layer in view.layers}) < len(view.layers):
+            raise ValueError(
+                "this view holds several stacks of experts, and texts say little about those that see no text: cut it "
+                "by a recipe of your own, view.keep_experts({name of a block: [ids]}), or fit one stack (part=...)"
+            )
         check_format(format, view.source)
         limits: dict[str, Any] = dict(
             calibration_tokens=calibration_tokens, heldout_tokens=heldout_tokens, max_length=max_length

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from moestro.view.layers import MoELayer
+from moestro.view.layers import ALL, MoELayer, left_out
 from moestro.view.surgery import EXPERT_COUNT, TOP_K, numbers
 
 
@@ -44,8 +44,9 @@ def plain_config(model: nn.Module, stack: nn.Module, layers: Sequence[MoELayer])
         )
     config = copy.deepcopy(model.config)
     counts = {layer.index: layer.num_experts for layer in layers}
+    different = sorted({layer.num_experts for layer in layers})
     inner = _inner_config(config, model.config, stack.config)
-    if len(set(counts.values())) > 1 or inner.is_heterogeneous:
+    if len(different) > 1 or inner.is_heterogeneous:
         stated = [name for name, _ in numbers(inner, EXPERT_COUNT)]
         per_layer = {int(i): values for i, values in inner.to_dict().get("per_layer_config", {}).items()}
         inner.per_layer_config = per_layer | {
@@ -54,11 +55,17 @@ def plain_config(model: nn.Module, stack: nn.Module, layers: Sequence[MoELayer])
     problem = _mismatch(model, config, layers)
     if problem is None:
         return config
-    if len(set(counts.values())) > 1:
+    if len(different) > 1:
         raise ValueError(
             f"{type(model).__name__} checkpoints store one number of experts for all layers, and this model has "
-            f"{sorted(set(counts.values()))}: {problem}. Keep the same number everywhere; pad_to_uniform(layers, keep, "
-            "scores) fills the smaller layers with their next best experts"
+            f"{different}: {problem}. Keep the same number everywhere; pad_to_uniform(layers, keep, scores) fills the "
+            "smaller layers with their next best experts"
+        )
+    if (others := left_out(model, layers)) and different != sorted({count for _, count in others}):
+        raise ValueError(
+            f"{type(model).__name__} checkpoints store one number of experts for all stacks; {layers[0].name} has "
+            f"{different[0]} and {others[0][0]} {others[0][1]}. Open them together, "
+            f"moestro.open(model, part={ALL!r}), and keep the same number in each"
         )
     raise ValueError(f"this model is no plain {type(model).__name__} any more: {problem}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,17 @@ def _stacks(model: nn.Module) -> dict[str, list[tuple[str, str, int]]]:
         suffix = re.sub(r"\d+", "*", block_name[len(stack) :])
         stacks.setdefault(f"{stack}{suffix}", []).append((block_name, experts_name, index))
     return stacks
+
+
+def left_out(model: nn.Module, layers: Sequence[MoELayer]) -> list[tuple[str, int]]:
+    """(block, number of experts) of the MoE layers in `model` that are not among `layers`."""
+    known = {layer.name for layer in layers}
+    return [
+        (block, num_experts_of(experts))
+        for places in _stacks(model).values()
+        for block, attribute, _ in places
+        if block not in known and is_experts(experts := model.get_submodule(f"{block}.{attribute}"))
+    ]
 
 
 def _place(name: str) -> tuple[str, str, int, str]:
