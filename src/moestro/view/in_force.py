@@ -23,7 +23,14 @@ from moestro.view.head_taps import HeadTaps
 from moestro.view.heads import AnyObserver, HeadEdit
 from moestro.view.layers import LayerKey, MoELayer
 from moestro.view.obstacles import why_no_slots
-from moestro.view.recompute import EAGER, Repeats, counting_repeats, unwrap_checkpointing, wrap_checkpointing
+from moestro.view.recompute import (
+    EAGER,
+    Repeats,
+    counting_repeats,
+    in_backward,
+    unwrap_checkpointing,
+    wrap_checkpointing,
+)
 from moestro.view.residual import watch_norms
 from moestro.view.rules import silenced
 from moestro.view.situation import (
@@ -76,6 +83,8 @@ class InForce:
     def here(self) -> Situation:
         """What is in force for the code that this thread runs now."""
         if silenced():
+            return _NOTHING
+        if self._here.situation is None and in_backward():  # run again, and nothing was in force the first time
             return _NOTHING
         return self._here.situation or self._situation
 
