@@ -513,8 +513,8 @@ def test_held_out_loss_merges_and_needs_two_tokens(qwen: moestro.ExpertView) -> 
         parts[0].merge(part)
     (expected,) = qwen.observe([alone(doc) for doc in range(len(DOCS))], [HeldoutLoss()], progress=False)
     assert parts[0].result() == expected
-    (single,) = qwen.observe([DOCS[0][None, :1]], [HeldoutLoss()], progress=False)
-    assert single == {"all": (0.0, 0)}
+    with pytest.raises(ValueError, match="not one token of 'all' is predicted"):
+        qwen.observe([DOCS[0][None, :1]], [HeldoutLoss()], progress=False)
 
 
 def test_held_out_loss_that_is_not_finite_is_an_error() -> None:

@@ -257,7 +257,7 @@ def test_impossible_profiles_are_refused(planted: Any) -> None:
     view = moestro.open(tiny.make("qwen3_moe").model)
     with torch.no_grad():
         view.layers[0].experts.down_proj[:] = float("inf")
-    with pytest.raises(FloatingPointError, match="of layer 1 is not finite"):
+    with pytest.raises(FloatingPointError, match="in layer 1 "):
         view.observe([padded(DOCS)], [OutputPeaks()], progress=False)
 
 
