@@ -85,9 +85,9 @@ def test_the_source_is_seen_through_links_and_spellings(tmp_path: Path, monkeypa
         Path("link"),
         Path("link/new/x"),
     ):
-        with pytest.raises(ValueError, match="that the model is read from"):
+        with pytest.raises(ValueError, match="that model or data are read from"):
             check_apart(out, [model])
-        with pytest.raises(ValueError, match="that the model is read from"):
+        with pytest.raises(ValueError, match="that model or data are read from"):
             check_apart(out, ["link"])
     check_apart(tmp_path / "models" / "m-fit", [model])
 

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moestro.arguments import name_argument, path_argument
+from moestro.directories import check_apart, check_writable
 from moestro.evidence.commands import papers, reproduce
 from moestro.evidence.league_command import league
 from moestro.looking.commands import look
@@ -32,24 +34,34 @@ console, errors = Console(), Console(stderr=True)
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Argument(help="checkpoint directory, hub name or bundled model")] = "quartet",
+    model: Annotated[
+        str, typer.Argument(parser=name_argument, help="checkpoint directory, hub name or bundled model")
+    ] = "quartet",
     for_: Annotated[
         list[str] | None,
-        typer.Option("--for", help="the task's texts: file, folder, LABEL=FILE or embedded domain; may be repeated"),
+        typer.Option(
+            "--for",
+            parser=name_argument,
+            help="the task's texts: file, folder, LABEL=FILE or embedded domain; may be repeated",
+        ),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="size of the saved checkpoint at most: 6GB, 800MiB, or 60% of the present size")
     ] = None,
     experts: Annotated[str | None, typer.Option(help="or the share of the experts to keep", show_default="50%")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="directory for checkpoint and report", show_default="MODEL-fit")
+        Path | None,
+        typer.Option(parser=path_argument, help="directory for checkpoint and report", show_default="MODEL-fit"),
     ] = None,
     format: Annotated[
         str, typer.Option(help="how the checkpoint is stored: hf (plain tensors), or source (quantised as MODEL is)")
     ] = "hf",
     saliency: Annotated[str, typer.Option(help="random, frequency, gating-score, reap or easy-ep")] = "easy-ep",
     rest: Annotated[
-        list[str] | None, typer.Option(help="texts to watch beside the task", show_default="other embedded domains")
+        list[str] | None,
+        typer.Option(
+            parser=name_argument, help="texts to watch beside the task", show_default="other embedded domains"
+        ),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="tokens to observe, per domain", min=1)] = 50_000,
     heldout_tokens: Annotated[int, typer.Option(help="tokens to measure the loss on, per domain", min=1)] = 8_000,
@@ -59,11 +71,17 @@ def fit(
         bool, typer.Option("--stream", help="run the model layer by layer from disk: for one larger than memory")
     ] = False,
     work: Annotated[
-        Path | None, typer.Option(help="where --stream keeps what a killed run goes on from", show_default="OUT.work")
+        Path | None,
+        typer.Option(
+            parser=path_argument, help="where --stream keeps what a killed run goes on from", show_default="OUT.work"
+        ),
     ] = None,
     stats: Annotated[
         Path | None,
-        typer.Option(help="keep what the calibration finds here, or read it: for another budget or saliency"),
+        typer.Option(
+            parser=path_argument,
+            help="keep what the calibration finds here, or read it: for another budget or saliency",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
     overwrite: Annotated[
@@ -93,14 +111,14 @@ def fit(
     last fit reads the statistics of the one before it: the model is not calibrated again.
     """
     import moestro.fitting.pipeline as pipeline
-    from moestro.directories import check_apart, check_writable, some_path
+    from moestro.data import places_of
     from moestro.fitting.plan import make_plan
     from moestro.view.saving import check_format
 
     data = for_ or list(pipeline.DEFAULT_TASK)
-    target = Path(f"{Path(model).name}-fit") if out is None else some_path(out, "out")
+    target = Path(f"{Path(model).name}-fit") if out is None else out
     if not dry_run:
-        check_apart(target, pipeline.model_directories(model))
+        check_apart(target, [*pipeline.model_directories(model), *places_of(data), *places_of(rest)])
         check_writable(target.absolute(), overwrite=overwrite, known_by="config.json", kind="a checkpoint")
     limits: dict[str, Any] = dict(
         calibration_tokens=calibration_tokens, heldout_tokens=heldout_tokens, max_length=max_length, seed=seed
@@ -112,7 +130,7 @@ def fit(
         check_format(format, view.source)
         texts = pipeline.read_data(view, data, rest=rest, **limits)
         places: dict[str, Any] = dict(
-            work=kept and kept / "calibration", stats=stats, source=pipeline.directory_of(model), format="hf"
+            work=kept and kept / "calibration", stats=stats, source=pipeline.directory_of(model), save=True
         )
         plan = make_plan(view, texts.calibration, seed=seed, **places, **budget)
         _print_plan(view, plan)
@@ -134,13 +152,20 @@ def fit(
 
 @app.command()
 def apply(
-    recipe: Annotated[Path, typer.Argument(help="a recipe's JSON file, or a checkpoint that moestro has cut")],
-    model: Annotated[str, typer.Argument(help="checkpoint directory, hub name or bundled model to do the same to")],
-    out: Annotated[Path, typer.Option(help="directory for the checkpoint")],
+    recipe: Annotated[
+        Path, typer.Argument(parser=path_argument, help="a recipe's JSON file, or a checkpoint that moestro has cut")
+    ],
+    model: Annotated[
+        str,
+        typer.Argument(parser=name_argument, help="checkpoint directory, hub name or bundled model to do the same to"),
+    ],
+    out: Annotated[Path, typer.Option(parser=path_argument, help="directory for the checkpoint")],
     stream: Annotated[
         bool, typer.Option("--stream", help="layer by layer from disk: for a model larger than memory")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing directory")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace what moestro wrote to OUT; refused where OUT holds more")
+    ] = False,
 ) -> None:
     """Repeat on a sibling what was done to a model: cut the base model as its instruct version was cut.
 
@@ -159,23 +184,23 @@ def apply(
     import moestro.fitting.pipeline as pipeline
     from moestro.recipe import Recipe
 
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another directory with --out, or pass --overwrite")
+    check_apart(out, [recipe, *pipeline.model_directories(model)])
+    check_writable(out.absolute(), overwrite=overwrite, known_by="config.json", kind="a checkpoint")
     loaded = Recipe.load(recipe)
     if not loaded.operations:
         raise ValueError(f"{recipe} carries a recipe without operations: there is nothing to repeat")
     loaded.check_portable()
-    with console.status(f"opening {model}"):
+    with errors.status(f"opening {model}"):
         view = pipeline.open_model(model, stream=stream)
     before = view.num_bytes
-    with console.status("checking what the recipe asks for"):
+    with errors.status("checking what the recipe asks for"):
         view.check(loaded)
-    with console.status(f"applying {', '.join(op.kind for op in loaded.operations)}"):
+    with errors.status(f"applying {', '.join(op.kind for op in loaded.operations)}"):
         view.apply(loaded)
     if stream:
         view.save(out, overwrite=overwrite)  # shows its own progress
     else:
-        with console.status(f"saving {out}"):
+        with errors.status(f"saving {out}"):
             view.save(out, overwrite=overwrite)
     table = Table("layer", "experts left", "top_k", title=loaded.note or None)
     for layer in view.layers:

@@ -45,9 +45,11 @@ OURS = (
 
 
 def some_path(value: str | Path, name: str) -> Path:
-    """`value` as a path. Raises ValueError where it is empty: that would be the current directory."""
+    """`value` as a path. Raises ValueError for an empty string and for `Path("")`, which is `Path(".")` to Python."""
     if not str(value).strip():
-        raise ValueError(f"{name}={str(value)!r} names no directory; give it a name, as in {name}='result'")
+        raise ValueError(f"{name}={str(value)!r} names no file or directory; give its name")
+    if isinstance(value, Path) and str(value) == ".":
+        raise ValueError(f"{name}=Path('.') may be an empty string; for the current directory, write '.' or Path.cwd()")
     return Path(value)
 
 
@@ -58,24 +60,27 @@ def public_name(name: str) -> str:
 
 
 def check_apart(path: str | Path, others: Iterable[str | Path], name: str = "out") -> None:
-    """Raise ValueError where `path` is, lies in, or holds one of the directories that are read.
+    """Raise ValueError where `path` is, lies in, or holds one of the directories and files that are read.
 
     Links, relative spellings and other mounts of the same directory are seen through.
     """
     mine = Path(os.path.realpath(path))
     for other in others:
         theirs = Path(os.path.realpath(other))
-        if not theirs.is_dir():
+        if not theirs.exists():
             continue
+        what = "directory" if theirs.is_dir() else "file"
         relation = None
         if _same(mine, theirs):
-            relation = "is the directory"
+            relation = "is"
         elif any(_same(parent, theirs) for parent in mine.parents):
-            relation = "lies in the directory"
+            relation = "lies in"
         elif any(_same(parent, mine) for parent in theirs.parents):
-            relation = "holds the directory"
+            relation = "holds"
         if relation:
-            raise ValueError(f"{name}={path} {relation} that the model is read from, {other}; choose another directory")
+            raise ValueError(
+                f"{name}={path} {relation} the {what} that model or data are read from, {other}; choose another place"
+            )
 
 
 def _same(a: Path, b: Path) -> bool:

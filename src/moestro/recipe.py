@@ -326,6 +326,8 @@ class Recipe:
 
         Raises FileNotFoundError or ValueError where there is none, or it cannot be read.
         """
+        if not str(path).strip():
+            raise ValueError(f"recipe={str(path)!r} names no file or directory; give its name")
         path = Path(path)
         if path.is_dir() and (path / "recipe.json").is_file() and not (path / NOTES).is_file():
             path = path / "recipe.json"

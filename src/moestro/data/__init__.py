@@ -3,7 +3,7 @@
 from moestro.data.batches import TokenBatch, TokenBatches, limit_tokens, token_batches
 from moestro.data.documents import Document, split_heldout
 from moestro.data.embedded_sample import embedded, embedded_domains
-from moestro.data.texts import load_texts
+from moestro.data.texts import load_texts, places_of
 
 __all__ = [
     "Document",
@@ -13,6 +13,7 @@ __all__ = [
     "embedded_domains",
     "limit_tokens",
     "load_texts",
+    "places_of",
     "split_heldout",
     "token_batches",
 ]

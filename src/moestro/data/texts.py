@@ -16,6 +16,7 @@ import polars as pl
 
 from moestro.data.documents import HELD_OUT_SPLITS, Document
 from moestro.data.embedded_sample import Split, check_split, embedded, embedded_domains, in_split
+from moestro.directories import some_path
 
 Source: TypeAlias = "str | Path | Mapping[str, Any] | Document | pl.DataFrame | Iterable[Source]"
 
@@ -102,6 +103,21 @@ def load_texts(
     return chosen
 
 
+def places_of(sources: Any) -> list[Path]:
+    """The files and folders that `load_texts` reads for these sources, so that no output goes there.
+
+    What is in memory has none; nor has an iterator, which could be read only once. Raises what `load_texts` raises for
+    a path that is not there.
+    """
+    if isinstance(sources, str | Path):
+        found = _resolve(sources)[1]
+        return [] if found is None else [found]
+    if not isinstance(sources, list | tuple):
+        return []
+    paths = [s for s in sources if isinstance(s, Path) or (isinstance(s, str) and not _is_text(s))]
+    return [place for path in paths for place in places_of(path)]
+
+
 def _read(item: Any, domain: str | None, text_field: str | None, where: str, columnar: bool) -> Iterator[Document]:
     """The documents of one source, all splits."""
     if isinstance(item, Document):
@@ -126,7 +142,7 @@ def _read(item: Any, domain: str | None, text_field: str | None, where: str, col
 
 def _resolve(source: str | Path) -> tuple[str | None, Path | None]:
     """The label and the path of a source; the path is None where an embedded domain is meant."""
-    path = Path(source).expanduser()
+    path = some_path(source, "source").expanduser()
     if isinstance(source, Path):
         if not os.path.exists(path):
             raise FileNotFoundError(f"no file or folder {str(source)!r}")

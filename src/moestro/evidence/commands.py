@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-console = Console()
+from moestro.arguments import name_argument
+
+console, errors = Console(), Console(stderr=True)
 
 
 def papers(
@@ -35,7 +37,7 @@ def papers(
             old.append(f"{key}: older than its code: {changed[0]}{more} changed since")
     console.print(table)
     for line in old:
-        console.print(f"[yellow]{line}[/]", highlight=False)
+        errors.print(f"[yellow]{line}[/]", highlight=False)
     if docs:
         written = page.write_page()
         console.print(f"written: {written}" if written else "not written: this is no checkout of the sources")
@@ -45,7 +47,9 @@ def reproduce(
     keys: Annotated[list[str] | None, typer.Argument(help="papers to run, by key (see `moestro papers`)")] = None,
     everything: Annotated[bool, typer.Option("--all", help="run every paper")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="fewer draws and less data: a minute or two each")] = False,
-    model: Annotated[str | None, typer.Option(help="another checkpoint than the bundled model")] = None,
+    model: Annotated[
+        str | None, typer.Option(parser=name_argument, help="another checkpoint than the bundled model")
+    ] = None,
 ) -> None:
     """Run a paper's experiment, print what it measured and which of its claims hold.
 

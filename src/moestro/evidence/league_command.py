@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from moestro.arguments import path_argument
+from moestro.directories import lock
 
 if TYPE_CHECKING:
     import polars as pl
 
     from moestro.evidence.league.run import Run, Settings
 
-console = Console()
+console, errors = Console(), Console(stderr=True)
 WIDTH = 190
 """Characters that the whole table takes; a narrower terminal gets it in two parts."""
 
@@ -36,9 +40,12 @@ def league(
         int | None, typer.Option(help="runs of each entry and task", min=1, show_default="3; quick: 1")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="optimiser steps of a run", min=1)] = None,
-    out: Annotated[Path | None, typer.Option(help="table to write and to go on from (.parquet)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path_argument, help="table to write and to go on from (.parquet)")
+    ] = None,
     with_: Annotated[
-        list[Path] | None, typer.Option("--with", help="Python file that adds entries; may be repeated")
+        list[Path] | None,
+        typer.Option("--with", parser=path_argument, help="Python file that adds entries; may be repeated"),
     ] = None,
     again: Annotated[list[str] | None, typer.Option(help="entry whose rows are thrown away and run again")] = None,
     show: Annotated[bool, typer.Option("--show", help="train nothing: show the table as it is")] = False,
@@ -50,7 +57,8 @@ def league(
     Every finished run is kept: after an interruption, the same command goes on.
 
     In a checkout of the sources, a league with its own settings and entries is recorded
-    there, and docs/league.md is written; any other goes to the current directory.
+    there, and docs/league.md is written; any other goes to the current directory. The files tell the kind of machine
+    and the names of the --with files, no directory of yours.
 
     Examples:
 
@@ -70,11 +78,15 @@ def league(
     path = out or (Path(run.recorded(quick).name) if own or not page.in_checkout() else run.recorded(quick))
     if path.suffix != ".parquet":
         raise ValueError(f"--out {path}: the table is a .parquet file")
+    page.check_places(path)
     failed: list[str] = []
     if not show:
-        run.go_on_from(run.recorded(quick), path, settings)
         counted = seeds or (1 if quick else page.LEAST_SEEDS)
-        failed = _play(path, settings, entries=only, tasks=task, seeds=counted, again=again or ())
+        with lock(path):
+            for left in path.parent.glob(f".{path.name}.*.part"):
+                left.unlink()  # of a run that was killed
+            run.go_on_from(run.recorded(quick), path, settings)
+            failed = _play(path, settings, entries=only, tasks=task, seeds=counted, again=again or ())
     table = run.read(path)
     if not len(table):
         raise ValueError(f"{path} has no rows" + ("; run it without --show" if show else f": {'; '.join(failed)}"))
@@ -108,8 +120,13 @@ def load(file: Path) -> None:
 def command(quick: bool, steps: int | None, with_: Sequence[Path] | None, out: Path | None) -> str:
     """How to get this table again."""
     parts = ["moestro", "league", *(["--quick"] if quick else []), *(["--steps", str(steps)] if steps else [])]
-    parts += [word for file in with_ or () for word in ("--with", str(file))]
-    return shlex.join([*parts, *(["--out", str(out)] if out else [])])
+    parts += [word for file in with_ or () for word in ("--with", _told(file))]
+    return shlex.join([*parts, *(["--out", _told(out)] if out else [])])
+
+
+def _told(file: Path) -> str:
+    """A path as a page that may be published tells it."""
+    return file.name if file.is_absolute() or ".." in file.parts else str(file)
 
 
 def _play(path: Path, settings: Settings, **wanted: Any) -> list[str]:
@@ -145,7 +162,7 @@ def _play(path: Path, settings: Settings, **wanted: Any) -> list[str]:
 
         def on_failure(now: Run, error: Exception) -> None:
             failed.append(f"{now.entry} on {now.task}, seed {now.seed}: {error}")
-            console.print(f"[red]failed:[/] {failed[-1]}", highlight=False, soft_wrap=True)
+            errors.print(f"[red]failed:[/] {escape(failed[-1])}", highlight=False, soft_wrap=True)
 
         try:
             run.play(
@@ -158,7 +175,7 @@ def _play(path: Path, settings: Settings, **wanted: Any) -> list[str]:
                 **wanted,
             )
         except KeyboardInterrupt:
-            console.print(f"finished runs are in {path}; the same command goes on from there", soft_wrap=True)
+            errors.print(f"finished runs are in {path}; the same command goes on from there", soft_wrap=True)
             raise
     return failed
 

@@ -29,10 +29,11 @@ from moestro.data import (
     embedded_domains,
     limit_tokens,
     load_texts,
+    places_of,
     split_heldout,
     token_batches,
 )
-from moestro.directories import complete_directory, public_name, some_path
+from moestro.directories import check_apart, complete_directory, public_name, some_path
 from moestro.fitting.evaluate import HeldoutLoss, batch_tokens, check_heldout, continuations, tokens_per_second
 from moestro.fitting.memory import check_fits
 from moestro.fitting.plan import Plan, make_plan
@@ -123,10 +124,9 @@ def open_model(model: Any, *, tokenizer: Any = None, stream: bool = False) -> An
         if stream and not model.streamed:
             raise ValueError("stream=True fits a checkpoint directory; this model is in memory already")
         return model
-    if isinstance(model, str | Path) and not stream:
-        path = Path(model) if Path(model).exists() else bundled_path(str(model))
-        if path is not None and path.is_dir():
-            check_fits(path)
+    path = directory_of(model)
+    if path is not None and not stream:
+        check_fits(path)
     return opening.open(model, tokenizer=tokenizer, stream=stream)
 
 
@@ -182,14 +182,16 @@ def fit(
     Raises:
         ValueError: a dense model, an impossible budget, a cut or checkpoint that cannot be made (see
             `ExpertView.check`), unusable data, a checkpoint larger than memory without `stream`, `stats` of another
-            model or data, `out` or `work` that is, holds or lies in the model's directory; before anything is observed,
-            changed or written. Or `work` belongs to another fit.
+            model or data, an empty string for a path, `out`, `work` or `stats` that is, holds or lies in what model or
+            data are read from; before anything is observed, changed or written. Or `work` belongs to another fit.
         FileExistsError: `out` exists and `overwrite` is off, or holds files that moestro did not write.
         BlockingIOError: another run is writing to `out` or `work`.
     """
     out = some_path(out, "out") if out is not None else None
     stream = stream or getattr(model, "streamed", False)
-    sources = model_directories(model)
+    sources = [*model_directories(model), *places_of(data), *places_of(rest)]
+    if stats is not None:
+        check_apart(stats := some_path(stats, "stats"), sources, "stats")
     kept = Work(work_directory(out, work, stream), out, sources)
     with ExitStack() as cleanup:
         cleanup.enter_context(kept.held())
@@ -211,7 +213,7 @@ def fit(
         choice: dict[str, Any] = dict(memory=memory, experts=experts, format=format, saliency=saliency, protect=protect)
         places: dict[str, Any] = dict(
             work=kept.directory("calibration"),
-            stats=None if stats is None else Path(stats),
+            stats=stats,
             source=directory_of(model),
             save=half is not None,
         )
@@ -242,10 +244,14 @@ def fit(
 
 
 def directory_of(model: Any) -> Path | None:
-    """The directory of a checkpoint that `fit` itself loads; None for a hub name or a model that is open already."""
+    """The directory of a checkpoint that `fit` itself loads; None for a hub name or a model that is open already.
+
+    Raises ValueError for an empty string.
+    """
     if not isinstance(model, str | Path):
         return None
-    path = Path(model) if Path(model).exists() else bundled_path(str(model))
+    named = some_path(model, "model")
+    path = named if named.exists() else bundled_path(str(model))
     return path if path is not None and path.is_dir() else None
 
 
@@ -261,8 +267,8 @@ def work_directory(out: Path | None, work: str | Path | None, stream: bool) -> P
 def model_directories(model: Any) -> list[Path]:
     """The directories that `model`, as `fit` takes it, is read from: none for a name on the hub."""
     if isinstance(model, str | Path):
-        path = Path(model) if Path(model).exists() else bundled_path(str(model))
-        return [path] if path is not None and path.is_dir() else []
+        path = directory_of(model)
+        return [] if path is None else [path]
     view_path = getattr(model, "path", None)  # of a streamed view
     return [view_path] if isinstance(view_path, Path) else source_directories(getattr(model, "model", model))
 

@@ -7,16 +7,22 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+
+from moestro.arguments import name_argument, path_argument
 
 console, errors = Console(), Console(stderr=True)
 
 
 def look(
-    model: Annotated[str, typer.Argument(help="checkpoint directory, hub name or bundled model")] = "quartet",
+    model: Annotated[
+        str, typer.Argument(parser=name_argument, help="checkpoint directory, hub name or bundled model")
+    ] = "quartet",
     data: Annotated[
         list[str] | None,
         typer.Option(
             "--data",
+            parser=name_argument,
             help="texts: file, folder, LABEL=FILE or embedded domain; may be repeated",
             show_default="embedded sample",
         ),
@@ -31,7 +37,8 @@ def look(
         str | None, typer.Option(help="decoder layers to look at, as 0-11,20", show_default="all")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="directory for the page and its tables", show_default="MODEL-look")
+        Path | None,
+        typer.Option(parser=path_argument, help="directory for the page and its tables", show_default="MODEL-look"),
     ] = None,
     seed: Annotated[int, typer.Option(help="of the draw of texts, the intervals and the permutations")] = 0,
     stream: Annotated[
@@ -47,7 +54,8 @@ def look(
     would find, the depth at which domains can be read off, super experts, retrieval heads, and a routing profile for
     runtimes that keep hot experts on the fast device; every finding beside its control or interval.
 
-    The page is for you: it names the domains and shows tokens of your texts. Read it before you pass it on.
+    The page and its tables hold no text of yours and no path, but the names of the domains and single tokens (where an
+    expert gave its largest output). Read them before you pass them on.
 
     Examples:
 
@@ -77,7 +85,7 @@ def look(
         for line in section.findings or (section.absent,):
             console.print(f"  {line}", highlight=False)
     for warning in report.warnings:
-        errors.print(f"[yellow]warning:[/] {warning}")
+        errors.print(f"[yellow]warning:[/] {escape(warning)}")
     console.print(f"\npage  {target / pipeline.PAGE}", highlight=False)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moestro.data import TokenBatches, limit_tokens, load_texts, token_batches
+from moestro.data import TokenBatches, limit_tokens, load_texts, places_of, token_batches
 from moestro.directories import complete_directory, public_name
 from moestro.fitting.pipeline import MAX_LENGTH, model_directories, open_model
 from moestro.looking.collect import Collected, collect
@@ -81,13 +81,14 @@ def look(
         stream: run the model layer by layer from its directory, for checkpoints larger than memory.
 
     Raises:
-        ValueError: a dense model, unusable data, an unknown reference or layer; before the model runs.
+        ValueError: a dense model, unusable data, an unknown reference or layer, an empty string for a path, `out` that
+            is, holds or lies in what model or data are read from; before the model runs.
         FileExistsError: `out` exists and `overwrite` is off, or it holds something else than a look.
     """
     with ExitStack() as cleanup:
         half = None
         if out is not None:
-            apart = model_directories(model)
+            apart = [*model_directories(model), *places_of(data)]
             place = complete_directory(out, overwrite=overwrite, known_by=PAGE, kind="a look", apart_from=apart)
             half = cleanup.enter_context(place)
         view = open_model(model, tokenizer=tokenizer, stream=stream)

@@ -12,21 +12,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moestro.arguments import name_argument, path_argument
+
 console, errors = Console(), Console(stderr=True)
 steer = typer.Typer(
     no_args_is_help=True, help="Make, learn and read steering files: what to change in a running model."
 )
 
-Model = Annotated[str, typer.Argument(help="checkpoint directory, hub name or bundled model")]
-Out = Annotated[Path, typer.Option(help="the steering file to write")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing file")]
+Model = Annotated[str, typer.Argument(parser=name_argument, help="checkpoint directory, hub name or bundled model")]
+Out = Annotated[Path, typer.Option(parser=path_argument, help="the steering file to write")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing steering file")]
 
 
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="the text to go on from; - reads standard input")],
     steer: Annotated[
-        list[Path] | None, typer.Option(help="steering file (see `moestro steer`); may be repeated", dir_okay=False)
+        list[Path] | None,
+        typer.Option(parser=path_argument, help="steering file (see `moestro steer`); may be repeated"),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="generate without the steering first")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate at most", min=1)] = 200,
@@ -90,7 +93,7 @@ def set_(
     from moestro.steer.steering import Steering
     from moestro.view.heads import HeadGain
 
-    _check_free(out, overwrite)
+    _check_free(out, overwrite, model)
     edits: list[Any] = []
     if off:
         edits.append(SwitchOff({_member(text) for text in off}))
@@ -120,8 +123,10 @@ class Action(StrEnum):
 @steer.command()
 def learn(
     model: Model,
-    toward: Annotated[Path, typer.Option(help="texts that show it: one a line, or .jsonl with `text`", exists=True)],
-    against: Annotated[Path, typer.Option(help="texts of the same kind that do not", exists=True)],
+    toward: Annotated[
+        Path, typer.Option(parser=path_argument, help="texts that show it: one a line, or .jsonl with `text`")
+    ],
+    against: Annotated[Path, typer.Option(parser=path_argument, help="texts of the same kind that do not")],
     out: Out,
     top: Annotated[int, typer.Option(help="how many experts", min=1)] = 10,
     action: Annotated[
@@ -140,6 +145,9 @@ def learn(
     --against (arXiv:2502.11096, arXiv:2510.04694). Intervals and p-values are over texts; p tells how often texts
     whose labels are exchanged give any expert so large a difference.
 
+    The file holds numbers of experts, the names of the two files of texts without their directories, and the note: no
+    text, and nothing that tells of this machine.
+
     Examples:
 
       moestro steer learn ./OLMoE --toward refused.txt --against answered.txt --action off --out no-refusals.json
@@ -156,7 +164,7 @@ def learn(
     from moestro.steer.router_steering import SoftSteer
     from moestro.steer.steering import Steering
 
-    _check_free(out, overwrite)
+    _check_free(out, overwrite, model, toward, against)
     texts = {"toward": _prompts(toward), "against": _prompts(against)}
     view = moestro.open(model)
     chosen_layers = None if layers is None else _layers(layers, [layer.index for layer in view.layers])
@@ -195,8 +203,8 @@ def learn(
 
 @steer.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="steering file", dir_okay=False)],
-    model: Annotated[str | None, typer.Option(help="also check that it fits this model")] = None,
+    file: Annotated[Path, typer.Argument(parser=path_argument, help="steering file")],
+    model: Annotated[str | None, typer.Option(parser=name_argument, help="also check that it fits this model")] = None,
 ) -> None:
     """Tell what a steering file changes, and for which model."""
     import moestro
@@ -227,16 +235,28 @@ def _short(values: Any, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
-    from moestro.directories import some_path
+def _check_free(out: Path, overwrite: bool, model: str, *texts: Path) -> None:
+    """Refuse, before any work, an output that would replace something else than a steering file, or lie in the model's
+    directory."""
+    from moestro.directories import check_apart
+    from moestro.fitting.pipeline import model_directories
+    from moestro.steer.steering import Steering
 
-    some_path(out, "out")
+    for path in texts:
+        if not path.exists():
+            raise FileNotFoundError(f"no file or folder {str(path)!r} with texts")
+    check_apart(out, [*model_directories(model), *texts])
     if out.is_dir():
         raise FileExistsError(f"{out} is a directory, not a file; choose another name with --out")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another file with --out, or pass --overwrite")
     if not out.parent.exists():
         raise FileNotFoundError(f"{out.parent} is no directory; make it first")
+    if out.exists():
+        try:
+            Steering.load(out)
+        except ValueError as error:
+            raise FileExistsError(f"{out} is not overwritten: it is no steering file; choose another name") from error
 
 
 def _member(text: str) -> tuple[int, int]:

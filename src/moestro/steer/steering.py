@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from moestro.directories import some_path
 from moestro.sets import by_layer, from_layers
 from moestro.steer import self_contrast
 from moestro.steer.attention_patterns import KeepRecent
@@ -217,8 +218,8 @@ class Steering(BaseModel):
                     yield LogitsProcessorList([processor])
 
     def save(self, path: str | Path) -> Path:
-        """Write the file, by way of a temporary name."""
-        path = Path(path)
+        """Write the file, by way of a temporary name. Raises ValueError for an empty string."""
+        path = some_path(path, "path")
         half = path.with_name(path.name + ".tmp")
         half.write_text(json.dumps(self.model_dump(), indent=1) + "\n")
         half.replace(path)
@@ -227,7 +228,7 @@ class Steering(BaseModel):
     @classmethod
     def load(cls, path: str | Path) -> Steering:
         """Raises FileNotFoundError, or ValueError for a file that is no steering setup."""
-        if not Path(path).is_file():
+        if not some_path(path, "path").is_file():
             raise FileNotFoundError(f"no steering file at {path}; `moestro steer` and `moestro studio` write them")
         try:
             return cls.model_validate_json(Path(path).read_text())

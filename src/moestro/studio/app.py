@@ -30,6 +30,7 @@ class Page:
 
     def __init__(self, view: Any, base: Steering | None = None):
         self.view, self.base = view, base
+        self.files = tempfile.TemporaryDirectory(prefix="moestro-studio-")
         self.experts = {layer.index: layer.num_experts for layer in view.layers}
         try:
             self.heads = view.num_heads
@@ -98,7 +99,9 @@ class Page:
         """The path of the steering file. Raises ValueError where nothing is switched."""
         if not self.steered(switches):
             raise ValueError("nothing is switched: click an expert or a head first")
-        return str(switches.steering(self.view, self.base).save(Path(tempfile.mkdtemp()) / "steering.json"))
+        return str(
+            switches.steering(self.view, self.base).save(Path(tempfile.mkdtemp(dir=self.files.name)) / "steering.json")
+        )
 
 
 def told(switches: Switches, base: Steering | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,31 @@ import torch
 from torch import Tensor, nn
 
 FILE = "checkpoint.pt"
+KEYS = {"step", "seconds", "settings", "weights", "buffers", "optimiser", "random"}
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
     """Write the checkpoint beside the old one, then take its place."""
     draft = folder / f"{FILE}.part"
-    torch.save(state, draft)
-    os.replace(draft, folder / FILE)
+    try:
+        torch.save(state, draft)
+        os.replace(draft, folder / FILE)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint in `folder`; None without one."""
+    """The checkpoint in `folder`; None without one. Raises ValueError for a file of that name of other making."""
     path = folder / FILE
-    return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no checkpoint of a moestro run; choose another directory") from error
+    if not isinstance(state, dict) or not state.keys() >= KEYS:
+        raise ValueError(f"{path} is no checkpoint of a moestro run; choose another directory")
+    return state
 
 
 def random_state() -> dict[str, Tensor]:

@@ -30,7 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from transformers import PreTrainedConfig
 
 from moestro.bundled import bundled_path
-from moestro.data import Document, load_texts, split_heldout, tasks
+from moestro.data import Document, load_texts, places_of, split_heldout, tasks
+from moestro.directories import some_path
 from moestro.models.lm import MoELMConfig, MoELMForCausalLM
 from moestro.train.packing import Rows, pack_documents
 from moestro.train.plan import Plan
@@ -166,6 +167,19 @@ def tokenizer_of(config: Config) -> Any:
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer; name one under tokenizer")
     return tokenizer
+
+
+def made_of(config: Config, seed: int) -> dict[str, Any]:
+    """All that decides which tokens a run sees."""
+    tokenizer = config.tokenizer or config.model.get("checkpoint") or "quartet"
+    return {"data": config.data.model_dump(mode="json"), "tokenizer": str(tokenizer), "seed": seed}
+
+
+def places_read(config: Config) -> list[Path]:
+    """The directories and files that a run reads: its model, tokenizer and texts."""
+    names = [name for name in (config.tokenizer, config.model.get("checkpoint")) if name is not None]
+    found = [bundled_path(name) or some_path(name, "model or tokenizer") for name in names]
+    return [*(path for path in found if path.exists()), *places_of(list(config.data.sources))]
 
 
 def model_of(config: Config, tokenizer: Any, seed: int) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moestro.directories import some_path
 from moestro.layers import after_step
 from moestro.report import write_train_page
 from moestro.train import checkpoint
@@ -61,10 +62,10 @@ class Trainer:
         on_step: Callable[[int, Any], None] | None = None,
     ):
         self.processes = join()
-        self.plan, self.rows, self.heldout, self.folder = plan, rows, heldout, Path(folder)
+        self.plan, self.rows, self.heldout, self.folder = plan, rows, heldout, some_path(folder, "folder")
         self._check(model)
         self.name, self.progress, self.on_step = name, progress, on_step
-        self.step, self.seconds = 0, 0.0
+        self.step, self.saved_step, self.seconds = 0, 0, 0.0
         torch.manual_seed(plan.seed + self.processes.rank)
         self.model = model.to(self.processes.device or model.device).train()
         self.health = RouterHealth(model)
@@ -125,6 +126,7 @@ class Trainer:
                 "random": random_states,
             }
             checkpoint.write(self.folder, state)
+        self.saved_step = self.step
 
     def resume(self) -> None:
         """Continue from the folder's checkpoint where there is one."""
@@ -133,6 +135,7 @@ class Trainer:
             return
         checkpoint.check_same(state["settings"], self.settings(), self.folder)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.saved_step = self.step
         self.masters.load(state["weights"])
         checkpoint.set_buffers(self.model, state["buffers"])
         self.optimiser.load_state_dict(state["optimiser"])

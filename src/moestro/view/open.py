@@ -18,6 +18,7 @@ import moestro.view.operations as operations
 import moestro.view.saving as saving
 import moestro.view.surgery as surgery
 from moestro.bundled import bundled_path
+from moestro.directories import some_path
 from moestro.formats.source import Source, directory_of
 from moestro.formats.stated_config import part_for
 from moestro.recipe import Notes, Recipe
@@ -314,11 +315,11 @@ def open(
     models larger than memory. `load_options` go to `from_pretrained` (dtype, device_map, ...).
 
     Raises:
-        ValueError: a dense model, remote code, or a router that no routing rule reproduces (with the layer's name and
-            the measured difference).
+        ValueError: an empty string, a dense model, remote code, or a router that no routing rule reproduces (with the
+            layer's name and the measured difference).
         FileNotFoundError: an incomplete checkpoint.
     """
-    if isinstance(model, str | Path) and not Path(model).exists():
+    if isinstance(model, str | Path) and not some_path(model, "model").exists():
         model = bundled_path(str(model)) or model
     if stream:
         from moestro.view.stream import StreamView

@@ -237,15 +237,30 @@ def write_pages(table: pl.DataFrame, path: Path, command: str) -> list[Path]:
     The quick league is in docs/ only as long as no full one is recorded.
     """
     page = path.with_suffix(".md")
-    docs = records.PACKAGE.parents[1] / "docs"
-    if path.resolve() in (recorded(False).resolve(), recorded(True).resolve()):
+    if _is_recorded(path):
         if path.resolve() == recorded(True).resolve() and recorded(False).is_file():
             return []
-        page = docs / "league.md"
+        page = records.PACKAGE.parents[1] / "docs" / "league.md"
     picture = page.with_suffix(".svg")
     records.write_whole(picture, figure(table))
     records.write_whole(page, markdown(table, picture.name, command))
     return [page, picture]
+
+
+def check_places(path: Path) -> None:
+    """Raise FileExistsError, before any run, where the page or the picture of a table would replace a file of other
+    making: one that is there although the table is not."""
+    if _is_recorded(path) or path.exists():
+        return
+    for beside in (path.with_suffix(".md"), path.with_suffix(".svg")):
+        if beside.exists():
+            raise FileExistsError(
+                f"{beside} exists, and the page of {path.name} would replace it; choose another file with --out"
+            )
+
+
+def _is_recorded(path: Path) -> bool:
+    return path.resolve() in (recorded(False).resolve(), recorded(True).resolve())
 
 
 def in_checkout() -> bool:
