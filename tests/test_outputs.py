@@ -87,7 +87,7 @@ def test_empty_strings_are_no_paths_on_the_command_line(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("empty", ["", Path("")], ids=["text", "path"])  # noqa: PTH201  it is the case
+@pytest.mark.parametrize("empty", ["", Path("")], ids=["text", "path"])
 def test_empty_strings_are_no_paths_in_python(
     empty: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +109,7 @@ def test_empty_strings_are_no_paths_in_python(
         lambda: view.save(empty),
         lambda: Steering.of(view).save(empty),
         lambda: Steering.load(empty),
-        lambda: check_folder(empty, {}),
+        lambda: check_folder(Path(empty), {}),
     ):
         with pytest.raises(ValueError, match=r"names no file or directory|may be an empty string"):
             call()
