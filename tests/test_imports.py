@@ -23,6 +23,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "stats": ("transformers", "torch", "moestro"),
     "sets": ("transformers", "moestro"),
     "recipe": ("transformers", "torch", "moestro"),
+    "arguments": ("transformers", "torch", "moestro"),
     "directories": ("transformers", "torch", "moestro"),
     # of transformers, the layers know the experts interface alone
     "layers": (*TRANSFORMERS_MODELS, *rooms("view", "data", "report", "models"), *METHODS, *TOP),

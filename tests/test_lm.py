@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import moestro
-from moestro.layers import gather_losses
+from moestro.layers import after_step, gather_losses
 from moestro.layers.routers import ROUTERS, Router
 from moestro.layers.routers.top_k import TopKRouter
 from moestro.models.lm import MoELMConfig, MoELMForCausalLM, MoELMModel
@@ -179,6 +179,93 @@ def test_transformers_trainer_takes_it(tmp_path: Path) -> None:
         result = Trainer(model=model, args=arguments, train_dataset=rows).train()
         assert result.global_step == 2
         assert not torch.equal(before, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_batch_in_parts_takes_the_step_of_the_whole(fused: bool, tmp_path: Path) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(4)]
+
+    def step(size: int, parts: int) -> dict[str, torch.Tensor]:
+        model = small_lm(router_losses={"router_z": 0.5}, fused_loss=fused)
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            optim="sgd",
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            max_grad_norm=0,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        return {name: weight.detach() - before[name] for name, weight in model.named_parameters()}
+
+    whole = step(4, 1)
+    assert float(whole["model.layers.0.mlp.router.weight"].norm()) > 0
+    for name, change in step(1, 4).items():
+        assert_close(change, whole[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+CHECKPOINTED = [
+    {},
+    {"fused_loss": True},
+    {"router": {"kind": "sigmoid", "bias_rate": 0.01}},
+    {"router": "recurrent"},
+    {"router": "stochastic", "router_losses": None},
+    {"router": "previous_logits"},
+    {"router": "temperature"},
+    {"router": "attention_aware", "attn_implementation": "eager"},
+    {"residual": "heavy_ball"},
+    {"residual": "adam_first"},
+    {"residual": "robust_momentum"},
+]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("parts", CHECKPOINTED, ids=str)
+def test_checkpointing_keeps_every_gradient_and_counts_once(parts: dict[str, Any], reentrant: bool) -> None:
+    ids, found = token_ids(), []
+    for checkpointed in (False, True):
+        model = small_lm(**{"router_losses": {"load_balance": 1.0, "router_z": 0.1}} | parts).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        torch.manual_seed(3)
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        after = dict(model.named_buffers())
+        found.append((out.loss.detach(), gradients, {name: b.clone() for name, b in after.items()}))
+    (loss, plain, counted), (same_loss, again, recounted) = found
+    assert_close(same_loss, loss)
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        rounding = 5e-6 * max(1.0, float(gradient.abs().max()))  # reentrant: sums in another order
+        assert_close(again[name], gradient, atol=rounding if reentrant else 1e-6, rtol=1e-5, msg=name)
+    for name, buffer in counted.items():
+        assert_close(recounted[name], buffer, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_correction_bias_moves_as_without_checkpointing(reentrant: bool) -> None:
+    biases = []
+    for checkpointed in (False, True):
+        model = small_lm(router={"kind": "sigmoid", "bias_rate": 0.01}).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        for seed in range(2):  # a part with backward, and one that is only looked at
+            out = model(input_ids=token_ids(2 + seed), labels=token_ids(2 + seed), use_cache=False)
+            if seed == 0:
+                out.loss.backward()
+        seen = [layer.mlp.router.slots_seen.clone() for layer in model.model.layers]
+        assert [int(slots.sum()) for slots in seen] == [(2 + 3) * 12 * 2] * 2
+        after_step(model, 0.5)
+        biases.append(torch.stack([layer.mlp.router.e_score_correction_bias for layer in model.model.layers]))
+    assert torch.equal(*biases)
 
 
 def test_routing_is_fp32_in_a_bf16_model() -> None:

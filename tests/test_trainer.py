@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from torch.testing import assert_close
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
+from moestro.bundled import bundled_path
 from moestro.cli import app
+from moestro.directories import lock
 from moestro.models.lm import MoELMForCausalLM
 from moestro.report import train_page
 from moestro.train.config import read_config
@@ -258,6 +261,82 @@ def test_the_command_trains_and_goes_on(tmp_path: Path) -> None:
     assert "going on at step 4 of 4" in again.output
     other = CliRunner().invoke(app, ["train", str(config_file(tmp_path, plan__seed=1)), "--out", str(tmp_path / "run")])
     assert "plan.seed: 0 in the checkpoint, 1 now" in str(other.exception)
+
+
+def refusal(*arguments: str) -> str:
+    ended = CliRunner().invoke(app, ["train", *arguments])
+    assert ended.exit_code in (1, 2)
+    return str(ended.exception) if ended.exit_code == 1 else ended.output
+
+
+def test_a_run_is_written_to_a_folder_of_its_own(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text("".join(json.dumps({"text": f"number {i} of many"}) + "\n" for i in range(200)))
+    path = str(config_file(tmp_path, data={"sources": [str(texts)], "row": 64}))
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "checkpoint.pt").write_text("mine")
+    assert "is no folder of a moestro run (it holds checkpoint.pt)" in refusal(path, "--out", str(foreign))
+    assert "is a file" in refusal(path, "--out", path)
+    for out in (texts, texts / "run", tmp_path, tmp_path / "texts" / ".." / "texts"):
+        assert "that model or data are read from" in refusal(path, "--out", str(out))
+    assert "an empty string names no file" in refusal(path, "--out", "")
+    model = str(config_file(tmp_path, model={"checkpoint": str(bundled_path("quartet"))}))
+    assert "lies in the directory" in refusal(model, "--out", str(bundled_path("quartet")) + "/run")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"texts", "mine", "config.yaml"}
+    assert (foreign / "checkpoint.pt").read_text() == "mine"
+
+
+def test_a_run_on_other_data_is_refused_with_the_difference_and_left_whole(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert CliRunner().invoke(app, ["train", str(config_file(tmp_path)), "--out", str(run)]).exit_code == 0
+    before = {file: file.read_bytes() for file in sorted(run.rglob("*")) if file.is_file()}
+    told = refusal(str(config_file(tmp_path, data={"tasks": {"arithmetic": 300}, "row": 32})), "--out", str(run))
+    assert "data.row: 64 in the checkpoint, 32 now" in told
+    assert "another directory" in told
+    with lock(run):
+        assert "is being written by process" in refusal(str(config_file(tmp_path)), "--out", str(run))
+    assert {file: file.read_bytes() for file in sorted(run.rglob("*")) if file.is_file()} == before
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_that_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    path = config_file(tmp_path, plan={"steps": 60, "batch_rows": 4, "warmup_steps": 1, "save_every": 2})
+    main = "import sys; sys.argv[0] = 'moestro'; from moestro.cli import main; main()"
+    command = [sys.executable, "-c", main, "train", str(path), "--threads", "1", "--out"]
+    process = subprocess.Popen([*command, str(tmp_path / "run")], stderr=subprocess.PIPE)
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert b"the same command goes on at step" in b" ".join(told.split())
+    assert not list(tmp_path.glob(".run*"))
+    assert not (tmp_path / "run" / "checkpoint.pt.part").exists()
+    for name in ("run", "whole"):
+        assert subprocess.run([*command, str(tmp_path / name)]).returncode == 0
+    one, other = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("run", "whole"))
+    assert all(torch.equal(one["weights"][name], weight) for name, weight in other["weights"].items())
+
+
+def test_what_may_be_published_of_a_run_holds_no_path(tmp_path: Path) -> None:
+    texts = tmp_path / "secret"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text("".join(json.dumps({"text": f"whisper {i} of many"}) + "\n" for i in range(400)))
+    data = {"sources": [f"d={texts}"], "row": 64}
+    model = tmp_path / "hidden-place"
+    shutil.copytree(str(bundled_path("quartet")), model)
+    path = config_file(
+        tmp_path, data=data, model={"checkpoint": str(model)}, plan={"steps": 1, "batch_rows": 1, "warmup_steps": 0}
+    )
+    done = CliRunner().invoke(app, ["train", str(path), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    for file in [tmp_path / "run" / "report.html", *(tmp_path / "run" / "model").iterdir()]:
+        for word in (str(tmp_path), "whisper"):
+            if file.name != "tokenizer.json" or word != "whisper":  # a vocabulary has words
+                assert word.encode() not in file.read_bytes(), file
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import typer
 
 def path_argument(text: str) -> Path:
     """A path of the command line, for typer's `parser=`; an empty string is refused before it becomes Path(".")."""
-    return Path(name_argument(text))
+    path = Path(name_argument(text))
+    return path if str(path) != "." else Path.cwd()
 
 
 def name_argument(text: str) -> str:

@@ -238,14 +238,15 @@ def _short(values: Any, limit: int = 300) -> str:
 def _check_free(out: Path, overwrite: bool, model: str, *texts: Path) -> None:
     """Refuse, before any work, an output that would replace something else than a steering file, or lie in the model's
     directory."""
+    from moestro.bundled import bundled_path
     from moestro.directories import check_apart
-    from moestro.fitting.pipeline import model_directories
     from moestro.steer.steering import Steering
 
     for path in texts:
         if not path.exists():
             raise FileNotFoundError(f"no file or folder {str(path)!r} with texts")
-    check_apart(out, [*model_directories(model), *texts])
+    source = Path(model) if Path(model).exists() else bundled_path(model) or Path(model)
+    check_apart(out, [source, *texts])
     if out.is_dir():
         raise FileExistsError(f"{out} is a directory, not a file; choose another name with --out")
     if out.exists() and not overwrite:

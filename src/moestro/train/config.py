@@ -172,7 +172,7 @@ def tokenizer_of(config: Config) -> Any:
 def made_of(config: Config, seed: int) -> dict[str, Any]:
     """All that decides which tokens a run sees."""
     tokenizer = config.tokenizer or config.model.get("checkpoint") or "quartet"
-    return {"data": config.data.model_dump(mode="json"), "tokenizer": str(tokenizer), "seed": seed}
+    return {"data": config.data.model_dump(mode="json"), "tokenizer": str(tokenizer), "plan": {"seed": seed}}
 
 
 def places_read(config: Config) -> list[Path]:

@@ -41,13 +41,13 @@ def check_folder(folder: Path, made_of: Mapping[str, Any], reads: Iterable[Path]
             f"{folder} is no folder of a moestro run (it holds {', '.join(names[:3])}{more}); choose another with --out"
         )
     if (folder / checkpoint.FILE).exists() and (known := data_of(folder)) is not None:
-        checkpoint.check_same({"data": known}, {"data": _as_read(made_of)}, folder)
+        checkpoint.check_same(known, json.loads(json.dumps(made_of)), folder)
 
 
 def data_of(folder: Path) -> dict[str, Any] | None:
     """What the packed rows of a run are made of; None where that is not known."""
     try:
-        return dict(json.loads((folder / MARK).read_text(encoding="utf-8"))["data"])
+        return dict(json.loads((folder / MARK).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -58,10 +58,5 @@ def mark(folder: Path, made_of: Mapping[str, Any]) -> None:
     """State that `folder`, which is made where it is missing, is a run's, and what its data is made of."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{MARK}.part"
-    draft.write_text(json.dumps({"data": made_of}, indent=1), encoding="utf-8")
+    draft.write_text(json.dumps(made_of, indent=1), encoding="utf-8")
     os.replace(draft, folder / MARK)
-
-
-def _as_read(made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists for tuples, as JSON gives them back."""
-    return json.loads(json.dumps(made_of))

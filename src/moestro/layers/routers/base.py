@@ -56,6 +56,12 @@ class Router(nn.Module):
         return f"{self.num_experts} experts, top_k={self.top_k}"
 
 
+def recomputing() -> bool:
+    """Whether this forward repeats an earlier one in the backward pass, as gradient checkpointing does: what counts
+    tokens has counted these."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def needs(context: RoutingContext | None, what: str) -> RoutingContext:
     """The context, where a router cannot do without: raises ValueError that says for `what`."""
     if context is None:

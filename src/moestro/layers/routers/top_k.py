@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moestro.layers.routers.base import Router, linear_fp32
+from moestro.layers.routers.base import Router, linear_fp32, recomputing
 from moestro.routing import Routing, RoutingContext, RoutingRule
 
 
@@ -61,7 +61,7 @@ class TopKRouter(Router):
 
     def forward(self, hidden: Float[Tensor, "n h"], context: RoutingContext | None = None) -> Routing:
         routing = self.rule(linear_fp32(hidden, self.weight))
-        if self.bias_rate and self.training:
+        if self.bias_rate and self.training and not recomputing():
             chosen = routing.indices if context is None or context.real is None else routing.indices[context.real]
             self.slots_seen += torch.bincount(chosen.reshape(-1), minlength=self.num_experts)
         return routing
