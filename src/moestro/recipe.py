@@ -13,6 +13,7 @@ the decoder layer ("3") will do where only one layer has it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -162,7 +163,13 @@ def merge(clusters: Mapping[Any, Any], weights: Mapping[Any, Any] | None = None)
             raise ValueError(f"{where}: expert {twice[0][0]} is in two clusters")
     if weights is None:
         return Merge(plain)
-    return Merge(plain, {name: _floats(w, f"merge weights of layer {name}") for name, w in _named(weights, "weights")})
+    given = {name: _floats(w, f"merge weights of layer {name}") for name, w in _named(weights, "weights")}
+    if unknown := [name for name in given if name not in plain]:
+        raise ValueError(
+            f"merge weights name layer {unknown[0]}, and clusters are given for {', '.join(plain)}: call a layer the "
+            "same in both"
+        )
+    return Merge(plain, given)
 
 
 def set_top_k(top_k: Any) -> SetTopK:
@@ -210,7 +217,10 @@ def _floats(values: Any, where: str) -> list[float]:
     listed = values.tolist() if hasattr(values, "tolist") else list(values)
     if not isinstance(listed, list) or any(isinstance(v, list | bool | str) for v in listed):
         raise ValueError(f"{where}: give one number per expert")
-    return [float(v) for v in listed]
+    numbers = [float(v) for v in listed]
+    if wrong := [v for v in numbers if not math.isfinite(v)]:
+        raise ValueError(f"{where}: {wrong[0]} is no weight; give finite numbers (0 for an expert that has no say)")
+    return numbers
 
 
 def _json(data: Any) -> str:

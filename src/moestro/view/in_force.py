@@ -47,8 +47,12 @@ class _Here(threading.local):
     """What this thread is about: the pass under way, the batch given for the next, a situation of its own."""
 
     now: Pass | None = None
-    given: Batch | None = None
+    all_given: tuple[tuple[Batch], ...] = ()
     situation: Situation | None = None
+
+    @property
+    def given(self) -> Batch | None:
+        return self.all_given[-1][0] if self.all_given else None
 
 
 class InForce:
@@ -172,12 +176,12 @@ class InForce:
     def on_batch(self, batch: Batch) -> Iterator[None]:
         """Say where the tokens of this thread's next forward passes come from; else the decoder's arguments tell."""
         here = self._here
-        before, here.given, here.now = here.given, batch, None
+        mine = (batch,)  # such blocks may end in any order: each takes its own away
+        here.all_given, here.now = (*here.all_given, mine), None
         try:
             yield
         finally:
-            here.given = before
-            here.now = None
+            here.all_given, here.now = tuple(one for one in here.all_given if one is not mine), None
 
     def _put(self, blocks: Sequence[Edits], observation: Observation | None) -> None:
         """Let this, and nothing else, be in force. The lock is held."""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
+from transformers import PreTrainedModel
+
 import moestro.view.checkpoint as checkpoint
 import moestro.view.saving as saving
 import moestro.view.surgery as surgery
@@ -76,9 +78,8 @@ def made_on(target: Target) -> MadeOn:
 
 
 def _innermost(target: Target) -> Any:
-    """The model without what other libraries put around it."""
-    model = target.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The model without what other libraries put around it: adapters, torch.compile, DataParallel."""
+    return next((m for m in target.model.modules() if isinstance(m, PreTrainedModel)), target.model)
 
 
 def _prefix(target: Target) -> str:
