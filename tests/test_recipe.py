@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 
 import moestro
 import tiny
+from families.tiny import build
 from moestro import recipe as recipes
 from moestro.cli import app
 from moestro.recipe import MadeOn, Notes, Recipe, keep, merge, set_top_k
+from moestro.view.fingerprint import digest_of_files, digest_of_weights
 from moestro.view.observe import LayerOutputs, SlotStats
 from tiny import documents, logits_of, make, padded
 
@@ -373,3 +375,53 @@ def test_the_command_repeats_a_recipe_on_a_sibling(
     )
     assert "cannot be repeated on another model" in str(result.exception)
     assert {p.name for p in tmp_path.iterdir()} == {"base", "instruct-cut", "expected", "out", "measured.json"}
+
+
+# --- what was found by trying to break it -----------------------------------------------------------------------------
+
+
+def test_merge_weights_are_finite_and_of_layers_that_are_there(qwen: moestro.ExpertView) -> None:
+    clusters, ones = {1: [[0, 1], [2], [3]]}, [1.0] * 8
+    for weights, message in (
+        ({1: [*ones[:7], float("nan")]}, "merge weights of layer 1: nan is no weight"),
+        ({1: ones, 77: ones}, "decoder layer 77 has no experts"),
+        ({L1: ones}, "merge names layer model.layers.1.mlp twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qwen.merge_experts(clusters, weights)
+    assert qwen.layers[0].num_experts == 8
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
+def test_what_was_done_under_a_wrapper_fits_the_model_without_it(qwen: moestro.ExpertView, wrap: Any) -> None:
+    wrapped = moestro.open(wrap(copy.deepcopy(qwen.model)))
+    wrapped.keep_experts({1: [0, 3, 4], 2: [7, 6]})
+    qwen.apply(Recipe.from_data(wrapped.notes()["recipe"]))
+    inner = next(module for module in wrapped.model.children())
+    assert torch.equal(logits_of(inner, INPUTS), logits_of(qwen.model, INPUTS))
+
+
+def test_two_stacks_in_one_block_run_after_either_is_cut() -> None:
+    model, inputs = build("ernie4_5_vl_moe", num_hidden_layers=2).model, {"input_ids": torch.arange(40, 49)[None]}
+    text = moestro.open(model, part="text_moe")
+    text.keep_experts({layer.index: [0, 4, 5] for layer in text.layers})
+    assert torch.isfinite(logits_of(model, inputs)).all()
+    vision = moestro.open(model, part="vision_moe")
+    vision.keep_experts({layer.index: [1, 2, 7] for layer in vision.layers})
+    kinds = torch.tensor([[0, 0, 1, 1, 0, 0, 0, 1, 0]])
+    assert torch.isfinite(
+        logits_of(model, {**inputs, "mm_token_type_ids": kinds, "moe_mm_token_type_ids": kinds})
+    ).all()
+
+
+def test_statistics_know_a_model_by_every_weight(qwen: moestro.ExpertView, tmp_path: Path) -> None:
+    weights, files = digest_of_weights(qwen.model), []
+    for number in range(2):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "model.safetensors").write_bytes(bytes(99_999) + bytes([number]) + bytes(99_999))
+        files.append(digest_of_files([tmp_path / f"{number}" / "model.safetensors"]))
+    assert digest_of_weights(make("qwen3_moe").model) == weights
+    with torch.no_grad():
+        qwen.layers[0].experts.down_proj[5, 33, 7] += 1e-3
+    assert digest_of_weights(qwen.model) != weights
+    assert files[0] != files[1]

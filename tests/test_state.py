@@ -4,8 +4,10 @@ Models are tiny and fp32; equalities are exact unless a tolerance is named.
 """
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -259,6 +261,59 @@ def test_a_learned_bias_has_the_same_gradient_under_checkpointing(options: dict[
     assert_close(gradient(options), gradient(None), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "wrapped"])
+def test_what_the_caller_checkpoints_is_run_again_as_it_was(how: str, late: bool) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    from torch.utils.checkpoint import checkpoint
+
+    def gradient(how: str | None) -> tuple[Tensor, int]:
+        view, counts = moestro.open(make("qwen3_moe").model), ExpertCounts()
+        model = view.model.train()
+        embedded = model.get_input_embeddings()(IDS["input_ids"]).detach().requires_grad_()
+        if how == "wrapped":
+            layer = type(model.model.layers[0])
+            apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, layer))
+
+        def run(embedded: Tensor) -> Tensor:
+            return model(inputs_embeds=embedded, use_cache=False).logits
+
+        with view.edits(OFF), view.observing(counts):
+            if how in ("reentrant", "not reentrant"):
+                loss = checkpoint(run, embedded, use_reentrant=how == "reentrant").square().mean()
+            else:
+                loss = run(embedded).square().mean()
+            if not late:
+                loss.backward()
+        if late:
+            loss.backward()
+        return view.layers[0].experts.down_proj.grad, int(counts.result()[1].sum())
+
+    (expected, once), (found, counted) = gradient(None), gradient(how)
+    assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert counted == once
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("options", CHECKPOINTING)
+def test_a_pass_before_the_block_is_not_edited_by_a_backward_inside(options: dict[str, bool]) -> None:
+    view = moestro.open(make("qwen3_moe").model)
+    model, weight = view.model.train(), view.layers[0].experts.down_proj
+
+    def loss() -> Tensor:
+        return model(**IDS, labels=IDS["input_ids"], use_cache=False).loss
+
+    loss().backward()
+    with view.edits(OFF):
+        loss().backward()
+    expected, weight.grad = weight.grad, None
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    before = loss()
+    with view.edits(OFF):
+        (before + loss()).backward()
+    assert_close(weight.grad, expected, rtol=1e-4, atol=1e-7)
+
+
 # --- layers that share modules ---------------------------------------------------------------------------------------
 
 
@@ -408,3 +463,69 @@ def test_a_trace_of_small_events_is_that_of_one(qwen: moestro.ExpertView, tmp_pa
         (trace,) = qwen.observe(batches, [RoutingTrace(tmp_path / name, rows_per_file=10)])
         traces.append(trace.collect().drop("logits", "weights"))
     assert traces[0].equals(traces[1])
+
+
+# --- what else may happen around a block ------------------------------------------------------------------------------
+
+
+def test_a_model_that_was_edited_and_observed_is_freed() -> None:
+    view = moestro.open(make("qwen3_moe").model)
+    with view.edits(OFF), view.observing(Record("norms", "residual")):
+        view.model(**IDS)
+    gone = weakref.ref(view.layers[0].experts.down_proj)
+    del view
+    gc.collect()
+    assert gone() is None
+
+
+def test_blocks_that_tell_the_batch_end_in_any_order(qwen: moestro.ExpertView) -> None:
+    first, second = qwen.reading(IDS), qwen.reading({"input_ids": torch.zeros(3, 2, dtype=torch.long)})
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert qwen.batch is not None
+    assert qwen.batch.shape == (3, 2)
+    second.__exit__(None, None, None)
+    assert qwen.batch is None
+
+
+def test_a_pickle_of_an_observed_model_computes_as_the_model_itself_does(qwen: moestro.ExpertView) -> None:
+    plain, backend = logits_of(qwen.model, IDS), qwen.model.config._experts_implementation
+    with qwen.observing(Record("norms")):
+        copies = copy.deepcopy(qwen.model), pickle.loads(pickle.dumps(qwen.model)), copy.deepcopy(qwen.layers[0].block)
+    for model in copies[:2]:
+        assert model.config._experts_implementation == backend
+        assert torch.equal(logits_of(model, IDS), plain)
+    assert copies[2].experts.config._experts_implementation == backend
+
+
+def test_heads_stay_edited_when_attention_is_computed_otherwise(qwen: moestro.ExpertView) -> None:
+    with qwen.edits(HeadMask({(1, 0), (1, 2)})):
+        before = logits_of(qwen.model, IDS)
+        qwen.model.set_attn_implementation("eager")
+        assert_close(logits_of(qwen.model, IDS), before, **FP32)
+    qwen.model.set_attn_implementation("sdpa")
+
+
+def test_a_backend_that_shows_no_slots_is_not_passed_over(qwen: moestro.ExpertView) -> None:
+    with qwen.observing(Record("norms")):
+        qwen.model.set_experts_implementation("eager")
+        with pytest.raises(RuntimeError, match="past the observers"):
+            qwen.model(**IDS)
+    assert not hooks_on(qwen.model)
+
+
+def test_outputs_are_observed_under_autocast(qwen: moestro.ExpertView) -> None:
+    record = Record("outputs", "norms", "maxima")
+    with torch.autocast("cpu", torch.bfloat16), qwen.observing(record):
+        qwen.model(**IDS)
+    outputs = record.result()[1]["outputs"]
+    assert_close(outputs.norm(dim=-1), record.result()[1]["norms"], rtol=1e-2, atol=1e-2)
+
+
+def test_an_infinite_router_logit_stops_with_its_place() -> None:
+    view = moestro.open(make("gpt_oss").model)
+    with torch.no_grad():
+        view.layers[-1].router.bias[3] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"gate weights that are not finite in layer 2 .* at sample 0"):
+        view.observe([IDS["input_ids"]], [SlotStats()], progress=False)

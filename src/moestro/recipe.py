@@ -94,7 +94,7 @@ class Merge:
     weights: dict[str, list[float]] | None = None
 
     def layers(self) -> list[str] | None:
-        return list(self.clusters)
+        return [*dict.fromkeys([*self.clusters, *(self.weights or ())])]
 
     def on(self, names: Mapping[str, str]) -> Merge:
         weights = self.weights and {names[n]: w for n, w in self.weights.items() if n in names}
@@ -164,11 +164,6 @@ def merge(clusters: Mapping[Any, Any], weights: Mapping[Any, Any] | None = None)
     if weights is None:
         return Merge(plain)
     given = {name: _floats(w, f"merge weights of layer {name}") for name, w in _named(weights, "weights")}
-    if unknown := [name for name in given if name not in plain]:
-        raise ValueError(
-            f"merge weights name layer {unknown[0]}, and clusters are given for {', '.join(plain)}: call a layer the "
-            "same in both"
-        )
     return Merge(plain, given)
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from moestro.view.edit import Edit
@@ -23,7 +22,7 @@ from moestro.view.head_taps import HeadTaps
 from moestro.view.heads import AnyObserver, HeadEdit
 from moestro.view.layers import LayerKey, MoELayer
 from moestro.view.obstacles import why_no_slots
-from moestro.view.recompute import EAGER, Repeats, counting_repeats, unwrap_checkpointing, wrap_checkpointing
+from moestro.view.recompute import EAGER, Repeats, counting_repeats, record_recomputation
 from moestro.view.residual import watch_norms
 from moestro.view.rules import silenced
 from moestro.view.situation import (
@@ -41,6 +40,27 @@ OBSERVED = "moestro_observed"
 HEAD_NEEDS = frozenset({"heads", "last_patterns", "patterns"})
 SLOT_NEEDS = frozenset({"maxima", "norms", "outputs"})
 _NOTHING = Situation()
+
+
+class Borrowed(str):
+    """The name of a backend while it serves this model; in a copy of the model, or one that was pickled, the former."""
+
+    former: str | None
+
+    def __new__(cls, name: str, former: str | None) -> Borrowed:
+        new = super().__new__(cls, name)
+        new.former = former
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str | None:
+        return self.former
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.former,)
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 class _Here(threading.local):
@@ -73,9 +93,9 @@ class InForce:
         self._layers: dict[str, MoELayer] = {}
         self._situation = _NOTHING
         self._again: list[Situation] = []
-        self._checkpointed: list[nn.Module] = []
         self._backends: dict[int, list[Any]] = {}
         self._columns: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+        record_recomputation(self)
 
     def here(self) -> Situation:
         """What is in force for the code that this thread runs now."""
@@ -192,8 +212,6 @@ class InForce:
         self._renew()
         if was and not self._situation.active:
             EAGER.leave()
-            unwrap_checkpointing(self._checkpointed)
-            self._checkpointed = []
             self._here.now = None
 
     def _renew(self) -> None:
@@ -207,7 +225,7 @@ class InForce:
             for number, config in configs.items():
                 entry = self._backends.setdefault(number, [config, config._experts_implementation, 0])
                 entry[2] += 1
-                config._experts_implementation = name
+                config._experts_implementation = Borrowed(name, entry[1])
         try:
             yield
         finally:
@@ -219,22 +237,16 @@ class InForce:
                         config._experts_implementation = entry[1]
                         del self._backends[number]
 
-    def clean(self, copied: Mapping[int, Any]) -> None:
-        """Take off a deep copy under way what serves this model alone. `copied`: deepcopy's memo."""
-        for config, former, _ in self._backends.values():
-            if id(config) in copied:
-                copied[id(config)]._experts_implementation = former
+    # What gradient checkpointing runs again
 
-    # A layer that gradient checkpointing runs again
-
-    def _remember(self) -> Callable[[], Any]:
+    def remember(self) -> Callable[[], Any]:
         return partial(self._as_then, self.here(), self.now().as_it_is())
 
     @contextmanager
     def _as_then(self, then: Situation, now: Pass) -> Iterator[None]:
         """Run what is recomputed as it was run the first time, whatever is in force by now."""
         here = self._here
-        before = here.situation, here.now
+        before = here.situation, here.now, here.all_given
         with ExitStack() as undo:
             if then.active:
                 with self.lock:
@@ -248,10 +260,11 @@ class InForce:
                 if then.observation and then.observation.needs & SLOT_NEEDS:
                     undo.enter_context(self._backend(OBSERVED, then.observation.layers.values()))
             here.situation, here.now = then, now
+            here.all_given = ((now.batch,),) if now.given and now.batch is not None else ()
             try:
                 yield
             finally:
-                here.situation, here.now = before
+                here.situation, here.now, here.all_given = before
 
     def _forget(self, then: Situation) -> None:
         with self.lock:
@@ -281,9 +294,6 @@ class InForce:
                 mask = given["attention_mask"]
                 if isinstance(mask, Mapping) or mask.dim() == 4:
                     _ = here.now.batch  # later masks of this cache may not tell its padding
-        if stack.training and torch.is_grad_enabled():
-            with self.lock:
-                self._checkpointed += wrap_checkpointing(stack, self._remember)
 
     def _batch_of(self, given: Mapping[str, Any], cache: Any, before: int, copies: int) -> Batch | None:
         known = self._columns.get(cache) if cache is not None else None

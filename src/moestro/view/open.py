@@ -47,6 +47,7 @@ class HeadView:
         self.layers: list[MoELayer] = []
         self.stack: Any = stack if stack is not None else decoder_of(model)
         """The sub-model that runs from token ids to hidden states."""
+        taps_of(self.stack)  # from now on it is known in what situation a layer ran that is run again later
 
     @property
     def state(self) -> ModelState:

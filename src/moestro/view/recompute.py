@@ -11,15 +11,18 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-from weakref import WeakKeyDictionary
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+import torch.utils.checkpoint as checkpointing
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 from transformers import GenerationMixin
 
-_CHECKPOINT = "_gradient_checkpointing_func"
+_lock = threading.Lock()
 
 
 def in_backward() -> bool:
@@ -49,52 +52,51 @@ class _Eager:
 EAGER = _Eager()
 
 
-class Recomputed:
-    """A layer's gradient checkpointing function, under which what is run again is run as it was the first time.
+@runtime_checkable
+class Recorder(Protocol):
+    """Whoever must know how things were when a layer ran, for when it is run again."""
 
-    `original`: what stood in its place. `remember()` gives a context manager factory for the second run.
+    def remember(self) -> Callable[[], AbstractContextManager[Any]]:
+        """What makes a context in which everything is as it is now."""
+        ...
+
+
+_recorders: WeakSet[Any] = WeakSet()
+
+
+def record_recomputation(recorder: Recorder) -> None:
+    """Let what torch.utils.checkpoint runs again run in the context that `recorder` remembers of its first run.
+
+    Both kinds of checkpointing, whoever asks for them: a layer of transformers, a wrapper, the caller. What runs again
+    what it ran by other means acts by what is in force at that moment.
     """
+    with _lock:
+        _recorders.add(recorder)
+        if not isinstance(vars(CheckpointFunction).get("apply"), staticmethod):
+            reentrant, other = CheckpointFunction.apply, checkpointing._checkpoint_without_reentrant_generator
+            CheckpointFunction.apply = staticmethod(_remembering(reentrant))
+            checkpointing._checkpoint_without_reentrant_generator = _remembering(other)
 
-    def __init__(self, original: Callable[..., Any], remember: Callable[[], Callable[[], Any]]):
-        self.original, self._remember = original, remember
 
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        as_then = self._remember()
+def _remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(checkpoint)
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with _lock:
+            recorders = [*_recorders]
+        contexts = [recorder.remember() for recorder in recorders]
 
-        def run(*inputs: Any, **named: Any) -> Any:
+        @wraps(function, updated=())
+        def as_then(*inputs: Any, **named: Any) -> Any:
             if not in_backward():
                 return function(*inputs, **named)
-            with as_then():
+            with ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context())
                 return function(*inputs, **named)
 
-        return self.original(run, *args, **kwargs)
+        return checkpoint(as_then, *args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self.original  # a copy of the model starts clean
-
-    def __reduce__(self) -> Any:
-        return _itself, (self.original,)
-
-
-def _itself(value: Any) -> Any:
-    return value
-
-
-def wrap_checkpointing(stack: nn.Module, remember: Callable[[], Callable[[], Any]]) -> list[nn.Module]:
-    """Let recomputed layers of `stack` run as the first time; returns the modules that were changed."""
-    changed = []
-    for module in stack.modules():
-        function = vars(module).get(_CHECKPOINT)
-        if function is not None and not isinstance(function, Recomputed):
-            setattr(module, _CHECKPOINT, Recomputed(function, remember))
-            changed.append(module)
-    return changed
-
-
-def unwrap_checkpointing(modules: list[nn.Module]) -> None:
-    for module in modules:
-        if isinstance(function := vars(module).get(_CHECKPOINT), Recomputed):
-            setattr(module, _CHECKPOINT, function.original)
+    return run
 
 
 class Repeats(threading.local):
@@ -155,7 +157,6 @@ class _Generating:
             shadow.remove()
 
 
-_lock = threading.Lock()
 _generating: WeakKeyDictionary[nn.Module, _Generating] = WeakKeyDictionary()
 
 

@@ -34,7 +34,7 @@ OUTPUT_BYTES = 256 * 2**20
 """Memory for the slot outputs of one event; more tokens are served in chunks."""
 
 _owners: WeakKeyDictionary[nn.Module, ref[Taps]] = WeakKeyDictionary()
-"""Which taps an experts module belongs to. Weakly, since taps hold their modules: a model must go when nobody has it."""
+"""Which taps an experts module belongs to. Weakly: taps hold their modules, and a model must go when nobody has it."""
 
 
 def _observed_forward(module: nn.Module, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -97,7 +97,6 @@ class Taps:
     def clean(self, copied: Mapping[int, Any]) -> None:
         """Take off a deep copy under way what serves this model alone. `copied`: deepcopy's memo."""
         with self.force.lock:
-            self.force.clean(copied)
             for module in self.stack.modules():
                 for hooks in (module._forward_hooks, module._forward_pre_hooks):
                     mine = [number for number, hook in hooks.items() if isinstance(hook, LiveHook)]
@@ -241,7 +240,7 @@ class Taps:
                     largest, channel = out.abs().max(dim=-1)
                     given["maxima"][token, slot], given["channels"][token, slot] = largest.float(), channel
                 if "outputs" in given:
-                    given["outputs"][token, slot] = out.to(h.dtype)  # under autocast the experts' type is another
+                    given["outputs"][token, slot] = out.to(given["outputs"].dtype)  # autocast has its own type
 
             combined = experts_forward(experts, h, i, w, on_outputs=on_outputs)
             self._emit(seen, layer, h, i, w, combined, start, len(hidden), **given)
