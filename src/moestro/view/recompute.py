@@ -74,7 +74,7 @@ def record_recomputation(recorder: Recorder) -> None:
         _recorders.add(recorder)
         if not isinstance(vars(CheckpointFunction).get("apply"), staticmethod):
             reentrant, other = CheckpointFunction.apply, checkpointing._checkpoint_without_reentrant_generator
-            CheckpointFunction.apply = staticmethod(_remembering(reentrant))
+            CheckpointFunction.apply = staticmethod(_remembering(reentrant))  # type: ignore[method-assign]
             checkpointing._checkpoint_without_reentrant_generator = _remembering(other)
 
 
