@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 import moestro
 import tiny
 from families.tiny import build
+from moestro import SwitchOff
 from moestro import recipe as recipes
 from moestro.cli import app
+from moestro.fitting.statistics import Origin, Statistics
 from moestro.recipe import MadeOn, Notes, Recipe, keep, merge, set_top_k
 from moestro.view.fingerprint import digest_of_files, digest_of_weights
-from moestro.view.observe import LayerOutputs, SlotStats
+from moestro.view.observe import LayerOutputs, LayerSlots, SlotStatistics, SlotStats
 from tiny import documents, logits_of, make, padded
 
 INPUTS = padded(documents(7, 3, 9), "left")
@@ -425,3 +427,45 @@ def test_statistics_know_a_model_by_every_weight(qwen: moestro.ExpertView, tmp_p
         qwen.layers[0].experts.down_proj[5, 33, 7] += 1e-3
     assert digest_of_weights(qwen.model) != weights
     assert files[0] != files[1]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            '{"schema": 1, "operations": [{"kind": "keep", "experts": {"1": [0, 1], "1": [2, 3]}}]}',
+            "'1' is given twice",
+        ),
+        ('{"schema": 1, "operations": [{"kind": ["keep"], "experts": {"1": [0, 1]}}]}', "this moestro knows keep"),
+        ('{"schema": 1, "operations": [], "note": [1]}', "note of a recipe is a text"),
+    ],
+)
+def test_what_a_hand_has_spoilt_is_refused_with_the_file(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Recipe.load(tmp_path / "recipe.json")
+
+
+def test_one_id_alone_in_a_tensor_is_one_expert() -> None:
+    assert keep({1: torch.tensor(3)}).experts == {"1": [3]}
+
+
+def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
+    sums = LayerSlots(*(torch.ones(1, 8, dtype=torch.float64) for _ in range(4)))
+    whole = Statistics(Origin("A", [], "data", "weights", None), {"slots": SlotStatistics(("a",), {1: sums}, {"a": 9})})
+    whole.save(tmp_path)
+    found = Statistics.load(tmp_path)
+    assert found is not None
+    assert found.damage({1: 8}) is None
+    assert "layers [1]" in (found.damage({1: 8, 2: 8}) or "")
+    assert "1 x 7 finite numbers" in (found.damage({1: 7}) or "")
+    file = tmp_path / "statistics.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="cannot be read"):
+        Statistics.load(tmp_path)
+
+
+def test_a_fit_waits_until_edits_are_over(qwen: moestro.ExpertView, tmp_path: Path) -> None:
+    with qwen.edits(SwitchOff({(1, 0)})), pytest.raises(RuntimeError, match="end the edits and observations first"):
+        moestro.fit(qwen, stats=tmp_path / "stats")
+    assert not (tmp_path / "stats").exists()

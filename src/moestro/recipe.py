@@ -181,7 +181,8 @@ def plain_ids(ids: Any, where: str) -> list[int]:
         raise ValueError(f"{where}: {ids!r} is no list of experts; give their numbers, [0, 3, 5] say")
     if isinstance(ids, set | frozenset):
         ids = sorted(ids)
-    plain = [_plain_int(e, where) for e in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    listed = ids.tolist() if hasattr(ids, "tolist") else ids
+    plain = [_plain_int(e, where) for e in (listed if hasattr(listed, "__iter__") else [listed])]
     if len(set(plain)) != len(plain):
         raise ValueError(f"{where}: expert {Counter(plain).most_common(1)[0][0]} is named twice")
     return plain
@@ -222,6 +223,17 @@ def _json(data: Any) -> str:
     """With every list of numbers on one line."""
     text = json.dumps(data, indent=1, allow_nan=False)
     return re.sub(r"\[[\d\s,.eE+-]*\]", lambda found: " ".join(found.group().split()), text)
+
+
+def _read(file: Path) -> Any:
+    """What a JSON file holds. Raises ValueError also where a name is given twice: one of the two would be lost."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]!r} is given twice")
+        return dict(pairs)
+
+    return json.loads(file.read_text(), object_pairs_hook=once)
 
 
 def _fields(cls: Any, data: Any, *names: str) -> list[Any]:
@@ -317,6 +329,9 @@ class Recipe:
             raise ValueError(f"this recipe has {sorted(unknown)[0]!r}, which schema {SCHEMA} does not know")
         if not isinstance(data["operations"], Sequence) or isinstance(data["operations"], str):
             raise ValueError("operations of a recipe are a list")
+        for name in ("statistics", "note"):
+            if not isinstance(data.get(name) or "", str):
+                raise ValueError(f"{name} of a recipe is a text; this one has {data[name]!r}")
         operations = [_operation(op, number) for number, op in enumerate(data["operations"], 1)]
         return cls(tuple(operations), _made_on(data.get("made_on")), data.get("statistics"), data.get("note") or "")
 
@@ -338,7 +353,7 @@ class Recipe:
         if not file.is_file():
             raise FileNotFoundError(f"{path} is no recipe: give its JSON file, or a checkpoint that moestro saved")
         try:
-            data = json.loads(file.read_text())
+            data = _read(file)
             if (
                 isinstance(data, Mapping)
                 and "operations" not in data
@@ -352,7 +367,7 @@ class Recipe:
 
 def _operation(data: Any, number: int) -> Any:
     kind = data.get("kind") if isinstance(data, Mapping) else None
-    if kind not in OPERATIONS:
+    if not isinstance(kind, str) or kind not in OPERATIONS:
         raise ValueError(f"operation {number} is {kind!r}; this moestro knows {', '.join(OPERATIONS)}")
     try:
         return OPERATIONS[kind].from_data({k: v for k, v in data.items() if k != "kind"})
@@ -423,7 +438,7 @@ class Notes:
         if not file.is_file():
             return None
         try:
-            return cls.from_data(json.loads(file.read_text()))
+            return cls.from_data(_read(file))
         except ValueError as e:
             raise ValueError(f"{file}: {e}; delete it to open the checkpoint without its history") from None
 

@@ -188,6 +188,7 @@ def fit(
         BlockingIOError: another run is writing to `out` or `work`.
     """
     out = some_path(out, "out") if out is not None else None
+    stats = some_path(stats, "stats") if stats is not None else None
     stream = stream or getattr(model, "streamed", False)
     sources = model_directories(model)
     kept = Work(work_directory(out, work, stream), out, sources)
@@ -198,6 +199,7 @@ def fit(
             place = kept.published if stream else complete_directory
             half = cleanup.enter_context(place(out, overwrite=overwrite, apart_from=sources))
         view = open_model(model, tokenizer=tokenizer, stream=stream)
+        view.check_idle()
         check_format(format, view.source)
         limits: dict[str, Any] = dict(
             calibration_tokens=calibration_tokens, heldout_tokens=heldout_tokens, max_length=max_length
@@ -206,7 +208,7 @@ def fit(
         choice: dict[str, Any] = dict(memory=memory, experts=experts, format=format, saliency=saliency, protect=protect)
         places: dict[str, Any] = dict(
             work=kept.directory("calibration"),
-            stats=None if stats is None else Path(stats),
+            stats=stats,
             source=directory_of(model),
             save=half is not None,
         )
