@@ -430,7 +430,7 @@ def test_statistics_know_a_model_by_every_weight(qwen: moestro.ExpertView, tmp_p
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         (
             '{"schema": 1, "operations": [{"kind": "keep", "experts": {"1": [0, 1], "1": [2, 3]}}]}',
