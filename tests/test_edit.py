@@ -549,6 +549,23 @@ def test_grouped_routers_refuse_what_their_groups_cannot_give(edit: Edit, messag
 
 
 def test_rows_must_fit_the_batch(qwen: moestro.ExpertView) -> None:
-    for rows, message in (([0, 4], "the batch has 4 rows"), ([True] * 3, "tells of 3 rows, and the batch has 4")):
+    for rows, message in (
+        ([0, 4], "the batch has 4 rows"),
+        ([True] * 3, "tells of 3 rows, and the batch has 4"),
+        ([True, False], "tells of 2 rows"),
+    ):
         with pytest.raises(ValueError, match=message), qwen.edits(SwitchOff({(1, 0)}, rows=rows)):
             logits_of(qwen.model, INPUTS)
+
+
+def test_one_gain_acts_in_models_with_other_numbers_of_experts(qwen: moestro.ExpertView) -> None:
+    gain = Gain({(1, 3): 0.25, (2, 0): 2.0})
+    small = copy.deepcopy(qwen)
+    small.keep_experts({1: [0, 1, 2, 3], 2: [0, 1, 5]})
+    with qwen.edits(gain):
+        alone = logits_of(qwen.model, INPUTS)
+    with small.edits(gain):
+        small_alone = logits_of(small.model, INPUTS)
+    with qwen.edits(gain), small.edits(gain):
+        assert torch.equal(logits_of(qwen.model, INPUTS), alone)
+        assert torch.equal(logits_of(small.model, INPUTS), small_alone)

@@ -14,10 +14,14 @@ from typer.testing import CliRunner
 
 import moestro
 import tiny
+from families.tiny import build
+from moestro import SwitchOff
 from moestro import recipe as recipes
 from moestro.cli import app
+from moestro.fitting.statistics import Origin, Statistics
 from moestro.recipe import MadeOn, Notes, Recipe, keep, merge, set_top_k
-from moestro.view.observe import LayerOutputs, SlotStats
+from moestro.view.fingerprint import digest_of_files, digest_of_weights
+from moestro.view.observe import LayerOutputs, LayerSlots, SlotStatistics, SlotStats
 from tiny import documents, logits_of, make, padded
 
 INPUTS = padded(documents(7, 3, 9), "left")
@@ -373,3 +377,95 @@ def test_the_command_repeats_a_recipe_on_a_sibling(
     )
     assert "cannot be repeated on another model" in str(result.exception)
     assert {p.name for p in tmp_path.iterdir()} == {"base", "instruct-cut", "expected", "out", "measured.json"}
+
+
+# --- what was found by trying to break it -----------------------------------------------------------------------------
+
+
+def test_merge_weights_are_finite_and_of_layers_that_are_there(qwen: moestro.ExpertView) -> None:
+    clusters, ones = {1: [[0, 1], [2], [3]]}, [1.0] * 8
+    for weights, message in (
+        ({1: [*ones[:7], float("nan")]}, "merge weights of layer 1: nan is no weight"),
+        ({1: ones, 77: ones}, "decoder layer 77 has no experts"),
+        ({L1: ones}, "merge names layer model.layers.1.mlp twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qwen.merge_experts(clusters, weights)
+    assert qwen.layers[0].num_experts == 8
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
+def test_what_was_done_under_a_wrapper_fits_the_model_without_it(qwen: moestro.ExpertView, wrap: Any) -> None:
+    wrapped = moestro.open(wrap(copy.deepcopy(qwen.model)))
+    wrapped.keep_experts({1: [0, 3, 4], 2: [7, 6]})
+    qwen.apply(Recipe.from_data(wrapped.notes()["recipe"]))
+    inner = next(module for module in wrapped.model.children())
+    assert torch.equal(logits_of(inner, INPUTS), logits_of(qwen.model, INPUTS))
+
+
+def test_two_stacks_in_one_block_run_after_either_is_cut() -> None:
+    model, inputs = build("ernie4_5_vl_moe", num_hidden_layers=2).model, {"input_ids": torch.arange(40, 49)[None]}
+    text = moestro.open(model, part="text_moe")
+    text.keep_experts({layer.index: [0, 4, 5] for layer in text.layers})
+    assert torch.isfinite(logits_of(model, inputs)).all()
+    vision = moestro.open(model, part="vision_moe")
+    vision.keep_experts({layer.index: [1, 2, 7] for layer in vision.layers})
+    kinds = torch.tensor([[0, 0, 1, 1, 0, 0, 0, 1, 0]])
+    assert torch.isfinite(
+        logits_of(model, {**inputs, "mm_token_type_ids": kinds, "moe_mm_token_type_ids": kinds})
+    ).all()
+
+
+def test_statistics_know_a_model_by_every_weight(qwen: moestro.ExpertView, tmp_path: Path) -> None:
+    weights, files = digest_of_weights(qwen.model), []
+    for number in range(2):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "model.safetensors").write_bytes(bytes(99_999) + bytes([number]) + bytes(99_999))
+        files.append(digest_of_files([tmp_path / f"{number}" / "model.safetensors"]))
+    assert digest_of_weights(make("qwen3_moe").model) == weights
+    with torch.no_grad():
+        qwen.layers[0].experts.down_proj[5, 33, 7] += 1e-3
+    assert digest_of_weights(qwen.model) != weights
+    assert files[0] != files[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"schema": 1, "operations": [{"kind": "keep", "experts": {"1": [0, 1], "1": [2, 3]}}]}',
+            "'1' is given twice",
+        ),
+        ('{"schema": 1, "operations": [{"kind": ["keep"], "experts": {"1": [0, 1]}}]}', "this moestro knows keep"),
+        ('{"schema": 1, "operations": [], "note": [1]}', "note of a recipe is a text"),
+    ],
+)
+def test_what_a_hand_has_spoilt_is_refused_with_the_file(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Recipe.load(tmp_path / "recipe.json")
+
+
+def test_one_id_alone_in_a_tensor_is_one_expert() -> None:
+    assert keep({1: torch.tensor(3)}).experts == {"1": [3]}
+
+
+def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
+    sums = LayerSlots(*(torch.ones(1, 8, dtype=torch.float64) for _ in range(4)))
+    whole = Statistics(Origin("A", [], "data", "weights", None), {"slots": SlotStatistics(("a",), {1: sums}, {"a": 9})})
+    whole.save(tmp_path)
+    found = Statistics.load(tmp_path)
+    assert found is not None
+    assert found.damage({1: 8}) is None
+    assert "layers [1]" in (found.damage({1: 8, 2: 8}) or "")
+    assert "1 x 7 finite numbers" in (found.damage({1: 7}) or "")
+    file = tmp_path / "statistics.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="cannot be read"):
+        Statistics.load(tmp_path)
+
+
+def test_a_fit_waits_until_edits_are_over(qwen: moestro.ExpertView, tmp_path: Path) -> None:
+    with qwen.edits(SwitchOff({(1, 0)})), pytest.raises(RuntimeError, match="end the edits and observations first"):
+        moestro.fit(qwen, stats=tmp_path / "stats")
+    assert not (tmp_path / "stats").exists()

@@ -4,15 +4,23 @@ Models are tiny and fp32; equalities are exact unless a tolerance is named.
 """
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.testing import assert_close
 
 import moestro
@@ -279,6 +287,46 @@ def test_a_learned_bias_has_the_same_gradient_under_checkpointing(options: dict[
     assert_close(gradient(options), gradient(None), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_in_torchs_checkpoint_wrapper_are_run_again_as_they_were(reentrant: bool, late: bool) -> None:
+    def gradient(wrapped: bool) -> tuple[Tensor, int]:
+        view, counts = moestro.open(make("qwen3_moe").model), SlotStats()
+        model = view.model.train()
+        if wrapped:
+            layer = type(model.model.layers[0])
+            kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+            wrap = partial(checkpoint_wrapper, checkpoint_impl=kind)
+            apply_activation_checkpointing(
+                model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: isinstance(module, layer)
+            )
+        embedded = model.get_input_embeddings()(IDS["input_ids"]).detach().requires_grad_()
+        with view.edits(OFF), view.observing(counts):
+            loss = model(inputs_embeds=embedded, use_cache=False).logits.square().mean()
+            if not late:
+                loss.backward()
+        if late:
+            loss.backward()
+        return view.layers[0].experts.down_proj.grad, int(counts.result().layers[1].count.sum())
+
+    (expected, once), (found, counted) = gradient(False), gradient(True)
+    assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert counted == once == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("options", CHECKPOINTING)
+def test_a_pass_before_an_observation_is_run_again_on_its_own_backend(
+    qwen: moestro.ExpertView, options: dict[str, bool]
+) -> None:
+    model = qwen.model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    loss = model(**IDS, labels=IDS["input_ids"], use_cache=False).loss
+    with qwen.observing(stats := SlotStats()):
+        loss.backward()
+    assert not stats.result().layers
+
+
 # --- layers that share modules ---------------------------------------------------------------------------------------
 
 
@@ -442,3 +490,69 @@ def test_a_trace_of_small_events_is_that_of_one(qwen: moestro.ExpertView, tmp_pa
         (trace,) = qwen.observe(batches, [RoutingTrace(tmp_path / name, rows_per_file=10)])
         traces.append(trace.collect().drop("logits", "weights"))
     assert traces[0].equals(traces[1])
+
+
+# --- what else may happen around a block ------------------------------------------------------------------------------
+
+
+def test_a_model_that_was_edited_and_observed_is_freed() -> None:
+    view = moestro.open(make("qwen3_moe").model)
+    with view.edits(OFF), view.observing(Record("norms", "residual")):
+        view.model(**IDS)
+    gone = weakref.ref(view.layers[0].experts.down_proj)
+    del view
+    gc.collect()
+    assert gone() is None
+
+
+def test_blocks_that_tell_the_batch_end_in_any_order(qwen: moestro.ExpertView) -> None:
+    first, second = qwen.reading(IDS), qwen.reading({"input_ids": torch.zeros(3, 2, dtype=torch.long)})
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert qwen.batch is not None
+    assert qwen.batch.shape == (3, 2)
+    second.__exit__(None, None, None)
+    assert qwen.batch is None
+
+
+def test_a_pickle_of_an_observed_model_computes_as_the_model_itself_does(qwen: moestro.ExpertView) -> None:
+    plain, backend = logits_of(qwen.model, IDS), qwen.model.config._experts_implementation
+    with qwen.observing(Record("norms")):
+        copies = copy.deepcopy(qwen.model), pickle.loads(pickle.dumps(qwen.model)), copy.deepcopy(qwen.layers[0].block)
+    for model in copies[:2]:
+        assert model.config._experts_implementation == backend
+        assert torch.equal(logits_of(model, IDS), plain)
+    assert copies[2].experts.config._experts_implementation == backend
+
+
+def test_heads_stay_edited_when_attention_is_computed_otherwise(qwen: moestro.ExpertView) -> None:
+    with qwen.edits(HeadMask({(1, 0), (1, 2)})):
+        before = logits_of(qwen.model, IDS)
+        qwen.model.set_attn_implementation("eager")
+        assert_close(logits_of(qwen.model, IDS), before, **FP32)
+    qwen.model.set_attn_implementation("sdpa")
+
+
+def test_a_backend_that_shows_no_slots_is_not_passed_over(qwen: moestro.ExpertView) -> None:
+    with qwen.observing(Record("norms")):
+        qwen.model.set_experts_implementation("eager")
+        with pytest.raises(RuntimeError, match="past the observers"):
+            qwen.model(**IDS)
+    assert not hooks_on(qwen.model)
+
+
+def test_outputs_are_observed_under_autocast(qwen: moestro.ExpertView) -> None:
+    record = Record("outputs", "norms", "maxima")
+    with torch.autocast("cpu", torch.bfloat16), qwen.observing(record):
+        qwen.model(**IDS)
+    outputs = record.result()[1]["outputs"]
+    assert_close(outputs.norm(dim=-1), record.result()[1]["norms"], rtol=1e-2, atol=1e-2)
+
+
+def test_an_infinite_router_logit_stops_with_its_place() -> None:
+    view = moestro.open(make("gpt_oss").model)
+    with torch.no_grad():
+        view.layers[-1].router.bias[3] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"gate weights that are not finite in layer 2 .* at sample 0"):
+        view.observe([IDS["input_ids"]], [SlotStats()], progress=False)

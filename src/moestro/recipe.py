@@ -13,6 +13,7 @@ the decoder layer ("3") will do where only one layer has it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -93,7 +94,7 @@ class Merge:
     weights: dict[str, list[float]] | None = None
 
     def layers(self) -> list[str] | None:
-        return list(self.clusters)
+        return [*dict.fromkeys([*self.clusters, *(self.weights or ())])]
 
     def on(self, names: Mapping[str, str]) -> Merge:
         weights = self.weights and {names[n]: w for n, w in self.weights.items() if n in names}
@@ -162,7 +163,8 @@ def merge(clusters: Mapping[Any, Any], weights: Mapping[Any, Any] | None = None)
             raise ValueError(f"{where}: expert {twice[0][0]} is in two clusters")
     if weights is None:
         return Merge(plain)
-    return Merge(plain, {name: _floats(w, f"merge weights of layer {name}") for name, w in _named(weights, "weights")})
+    given = {name: _floats(w, f"merge weights of layer {name}") for name, w in _named(weights, "weights")}
+    return Merge(plain, given)
 
 
 def set_top_k(top_k: Any) -> SetTopK:
@@ -179,7 +181,8 @@ def plain_ids(ids: Any, where: str) -> list[int]:
         raise ValueError(f"{where}: {ids!r} is no list of experts; give their numbers, [0, 3, 5] say")
     if isinstance(ids, set | frozenset):
         ids = sorted(ids)
-    plain = [_plain_int(e, where) for e in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    listed = ids.tolist() if hasattr(ids, "tolist") else ids
+    plain = [_plain_int(e, where) for e in (listed if hasattr(listed, "__iter__") else [listed])]
     if len(set(plain)) != len(plain):
         raise ValueError(f"{where}: expert {Counter(plain).most_common(1)[0][0]} is named twice")
     return plain
@@ -210,13 +213,27 @@ def _floats(values: Any, where: str) -> list[float]:
     listed = values.tolist() if hasattr(values, "tolist") else list(values)
     if not isinstance(listed, list) or any(isinstance(v, list | bool | str) for v in listed):
         raise ValueError(f"{where}: give one number per expert")
-    return [float(v) for v in listed]
+    numbers = [float(v) for v in listed]
+    if wrong := [v for v in numbers if not math.isfinite(v)]:
+        raise ValueError(f"{where}: {wrong[0]} is no weight; give finite numbers (0 for an expert that has no say)")
+    return numbers
 
 
 def _json(data: Any) -> str:
     """With every list of numbers on one line."""
     text = json.dumps(data, indent=1, allow_nan=False)
     return re.sub(r"\[[\d\s,.eE+-]*\]", lambda found: " ".join(found.group().split()), text)
+
+
+def _read(file: Path) -> Any:
+    """What a JSON file holds. Raises ValueError also where a name is given twice: one of the two would be lost."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]!r} is given twice")
+        return dict(pairs)
+
+    return json.loads(file.read_text(), object_pairs_hook=once)
 
 
 def _fields(cls: Any, data: Any, *names: str) -> list[Any]:
@@ -312,6 +329,9 @@ class Recipe:
             raise ValueError(f"this recipe has {sorted(unknown)[0]!r}, which schema {SCHEMA} does not know")
         if not isinstance(data["operations"], Sequence) or isinstance(data["operations"], str):
             raise ValueError("operations of a recipe are a list")
+        for name in ("statistics", "note"):
+            if not isinstance(data.get(name) or "", str):
+                raise ValueError(f"{name} of a recipe is a text; this one has {data[name]!r}")
         operations = [_operation(op, number) for number, op in enumerate(data["operations"], 1)]
         return cls(tuple(operations), _made_on(data.get("made_on")), data.get("statistics"), data.get("note") or "")
 
@@ -335,7 +355,7 @@ class Recipe:
         if not file.is_file():
             raise FileNotFoundError(f"{path} is no recipe: give its JSON file, or a checkpoint that moestro saved")
         try:
-            data = json.loads(file.read_text())
+            data = _read(file)
             if (
                 isinstance(data, Mapping)
                 and "operations" not in data
@@ -349,7 +369,7 @@ class Recipe:
 
 def _operation(data: Any, number: int) -> Any:
     kind = data.get("kind") if isinstance(data, Mapping) else None
-    if kind not in OPERATIONS:
+    if not isinstance(kind, str) or kind not in OPERATIONS:
         raise ValueError(f"operation {number} is {kind!r}; this moestro knows {', '.join(OPERATIONS)}")
     try:
         return OPERATIONS[kind].from_data({k: v for k, v in data.items() if k != "kind"})
@@ -420,7 +440,7 @@ class Notes:
         if not file.is_file():
             return None
         try:
-            return cls.from_data(json.loads(file.read_text()))
+            return cls.from_data(_read(file))
         except ValueError as e:
             raise ValueError(f"{file}: {e}; delete it to open the checkpoint without its history") from None
 

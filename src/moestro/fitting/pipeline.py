@@ -188,10 +188,11 @@ def fit(
         BlockingIOError: another run is writing to `out` or `work`.
     """
     out = some_path(out, "out") if out is not None else None
+    stats = some_path(stats, "stats") if stats is not None else None
     stream = stream or getattr(model, "streamed", False)
     sources = [*model_directories(model), *places_of(data), *places_of(rest)]
     if stats is not None:
-        check_apart(stats := some_path(stats, "stats"), sources, "stats")
+        check_apart(stats, sources, "stats")
     kept = Work(work_directory(out, work, stream), out, sources)
     with ExitStack() as cleanup:
         cleanup.enter_context(kept.held())
@@ -200,6 +201,7 @@ def fit(
             place = kept.published if stream else complete_directory
             half = cleanup.enter_context(place(out, overwrite=overwrite, apart_from=sources))
         view = open_model(model, tokenizer=tokenizer, stream=stream)
+        view.check_idle()
         if len({layer.index for layer in view.layers}) < len(view.layers):
             raise ValueError(
                 "this view holds several stacks of experts, and texts say little about those that see no text: cut it "

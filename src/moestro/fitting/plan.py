@@ -143,12 +143,16 @@ def _kind(observer: Any) -> str:
 
 def _statistics(view: Any, calibration: TokenBatches, stats: Path | None, source: Path | None) -> Statistics:
     """Those in `stats`, or none as yet. Raises ValueError where they are of another model or other data."""
+    if view.state.taps is not None and view.state.taps.force.edited:
+        raise ValueError("statistics under edits are not those of the model: end the edits first")
     origin = origin_of(view, calibration, source)
     found = None if stats is None else Statistics.load(stats)
     if found is None:
         return Statistics(origin)
     if difference := found.origin.difference(origin):
         raise ValueError(f"the statistics in {stats} are {difference}; name another directory, or delete them")
+    if wrong := found.damage({layer.index: layer.num_experts for layer in view.layers}):
+        raise ValueError(f"the statistics in {stats} are damaged: {wrong}; delete them, or name another directory")
     return found
 
 

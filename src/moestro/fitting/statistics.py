@@ -10,10 +10,12 @@ of; where one is unlike, it says so.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -100,8 +102,23 @@ class Statistics:
                 else:
                     found[kind] = EasyEPSums(domains, ordered)
             return cls(Origin(**about["origin"]), found)
-        except (KeyError, TypeError, ValueError, OSError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as e:
             raise ValueError(f"the statistics in {directory} cannot be read ({e}); delete them, or name another") from e
+
+    def damage(self, experts: Mapping[int, int]) -> str | None:
+        """What does not fit the model's layers, {layer: experts}, in words; None where all does."""
+        for kind, result in self.found.items():
+            layers = result.by_domain if kind == "slots" else result.layers
+            if set(layers) != set(experts):
+                return f"{kind} knows layers {sorted(layers)}, and the model has {sorted(experts)}"
+            if kind == "slots" and set(result.tokens or ()) != set(result.domains):
+                return f"{kind} has tokens of {sorted(result.tokens or ())}, and sums of {sorted(result.domains)}"
+            for layer, sums in layers.items():
+                shape = (len(result.domains), experts[layer])
+                for name, value in (vars(sums) if kind == "slots" else sums).items():
+                    if value.shape != shape or not bool(value.isfinite().all()):
+                        return f"{kind} of layer {layer}: {name} is no table of {shape[0]} x {shape[1]} finite numbers"
+        return None
 
 
 def origin_of(view: Any, batches: TokenBatches, source: Path | None) -> Origin:

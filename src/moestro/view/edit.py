@@ -57,9 +57,11 @@ class RowChoice:
         """
         rows = torch.as_tensor(self.rows)
         if rows.dtype == torch.bool:
-            if not len(rows) or count % len(rows):
-                raise ValueError(f"{type(self).__name__}: rows tells of {len(rows)} rows, and the batch has {count}")
-            return rows.cpu().repeat_interleave(count // len(rows))
+            if len(rows) != count // copies:
+                raise ValueError(
+                    f"{type(self).__name__}: rows tells of {len(rows)} rows, and the batch has {count // copies}"
+                )
+            return rows.cpu().repeat_interleave(copies)
         if len(rows) and int(rows.max()) >= count // copies:
             raise ValueError(f"{type(self).__name__}(rows={rows.tolist()}): the batch has {count // copies} rows")
         mask = torch.zeros(count // copies, dtype=torch.bool).index_fill(0, rows.cpu().long(), True)
@@ -257,8 +259,10 @@ class Gain(Edit):
 
     def check(self, layer: MoELayer) -> None:
         _check_ids(layer, self.ids[layer.index])
-        table = torch.ones(layer.num_experts + 1)
-        for expert in self.ids[layer.index]:
+        ids = self.ids[layer.index]
+        # one edit may act in several models at a time: the largest number of experts serves all
+        table = torch.ones(max(layer.num_experts + 1, len(self._tables.get(layer.index, ()))))
+        for expert in ids:
             table[expert] = self.gains[layer.index, expert]
         self._tables[layer.index] = table
 

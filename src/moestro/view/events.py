@@ -204,6 +204,12 @@ class MoEEvent:
         if bad.any():
             raise FloatingPointError(f"NaN router logits {self._at(bad)}: the model or that sample is broken")
         check_indices(f"the router of {self.name}", self.routing.indices, experts)
+        bad = (~torch.isfinite(self.routing.weights) & (self.routing.indices < experts)).any(dim=-1)
+        if bad.any():
+            raise FloatingPointError(
+                f"gate weights that are not finite {self._at(bad)}: a router logit is infinite, or overflows "
+                f"{self.routing.weights.dtype}; the model or that sample is broken"
+            )
         if self._raw["norms"] is None:
             return
         used = (self.routing.weights != 0) & (self.routing.indices < experts)

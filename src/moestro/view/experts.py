@@ -199,7 +199,7 @@ class FusedExperts:
         out = hidden.new_zeros(*indices.shape, hidden.shape[1])
 
         def put(token: Tensor, slot: Tensor, rows: Tensor) -> None:
-            out[token, slot] = rows
+            out[token, slot] = rows.to(out.dtype)
 
         experts_forward(self.module, hidden, indices, weights, on_outputs=put)
         return out

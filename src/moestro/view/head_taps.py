@@ -30,6 +30,8 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 PATTERN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
+_lock = threading.Lock()
+"""Held while the interface, which all models share, is changed."""
 _watched: dict[nn.Module, Callable[..., tuple[Tensor, Tensor | None]]] = {}
 """Attention modules that are watched at this moment: run(attention, module, *args, **kwargs)."""
 _users: Counter[str] = Counter()
@@ -55,26 +57,29 @@ def _dispatch(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[
 
 @contextmanager
 def _watching(runs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    names = {c._attn_implementation or "eager" for m in runs if (c := getattr(m, "config", None)) is not None}
-    for name in names:
-        if not _users[name]:
-            _originals[name] = ALL_ATTENTION_FUNCTIONS.get(name)
-            ALL_ATTENTION_FUNCTIONS.register(name, partial(_dispatch, name))
-        _users[name] += 1
-    _watched.update(runs)
+    with _lock:
+        # all of them: a model may be told to compute its attention otherwise while it is watched
+        names = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+        for name in names:
+            if not _users[name]:
+                _originals[name] = ALL_ATTENTION_FUNCTIONS.get(name)
+                ALL_ATTENTION_FUNCTIONS.register(name, partial(_dispatch, name))
+            _users[name] += 1
+        _watched.update(runs)
     try:
         yield
     finally:
-        for module in runs:
-            _watched.pop(module, None)
-        for name in names:
-            _users[name] -= 1
-            if not _users[name]:
-                original = _originals.pop(name)
-                if original is None:  # "eager" is no entry: a family's default stands for it
-                    ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
-                else:
-                    ALL_ATTENTION_FUNCTIONS.register(name, original)
+        with _lock:
+            for module in runs:
+                _watched.pop(module, None)
+            for name in names:
+                _users[name] -= 1
+                if not _users[name]:
+                    original = _originals.pop(name)
+                    if original is None:  # "eager" is no entry: a family's default stands for it
+                        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+                    else:
+                        ALL_ATTENTION_FUNCTIONS.register(name, original)
 
 
 class HeadTaps:
@@ -92,7 +97,7 @@ class HeadTaps:
     @cached_property
     def layers(self) -> list[HeadLayer]:
         """The attention layers, found and verified by a tiny forward pass. Raises ValueError where there are none."""
-        with silence():
+        with silence(), self._lock:
             return find_head_layers(self.stack)
 
     def check(self, edits: Sequence[HeadEdit]) -> None:

@@ -50,12 +50,37 @@ SLOT_NEEDS = frozenset({"maxima", "norms", "outputs"})
 _NOTHING = Situation()
 
 
+class Borrowed(str):
+    """The name of a backend while it serves this model; in a copy of the model, or one that was pickled, the former."""
+
+    former: str | None
+
+    def __new__(cls, name: str, former: str | None) -> Borrowed:
+        new = super().__new__(cls, name)
+        new.former = former
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str | None:
+        return self.former
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.former,)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
 class _Here(threading.local):
     """What this thread is about: the pass under way, the batch given for the next, a situation of its own."""
 
     now: Pass | None = None
-    given: Batch | None = None
+    all_given: tuple[tuple[Batch], ...] = ()
     situation: Situation | None = None
+
+    @property
+    def given(self) -> Batch | None:
+        return self.all_given[-1][0] if self.all_given else None
 
 
 class InForce:
@@ -181,12 +206,12 @@ class InForce:
     def on_batch(self, batch: Batch) -> Iterator[None]:
         """Say where the tokens of this thread's next forward passes come from; else the decoder's arguments tell."""
         here = self._here
-        before, here.given, here.now = here.given, batch, None
+        mine = (batch,)  # such blocks may end in any order: each takes its own away
+        here.all_given, here.now = (*here.all_given, mine), None
         try:
             yield
         finally:
-            here.given = before
-            here.now = None
+            here.all_given, here.now = tuple(one for one in here.all_given if one is not mine), None
 
     def _put(self, blocks: Sequence[Edits], observation: Observation | None) -> None:
         """Let this, and nothing else, be in force. The lock is held."""
@@ -212,7 +237,7 @@ class InForce:
             for number, config in configs.items():
                 entry = self._backends.setdefault(number, [config, config._experts_implementation, 0])
                 entry[2] += 1
-                config._experts_implementation = name
+                config._experts_implementation = Borrowed(name, entry[1])
         try:
             yield
         finally:
@@ -224,22 +249,16 @@ class InForce:
                         config._experts_implementation = entry[1]
                         del self._backends[number]
 
-    def clean(self, copied: Mapping[int, Any]) -> None:
-        """Take off a deep copy under way what serves this model alone. `copied`: deepcopy's memo."""
-        for config, former, _ in self._backends.values():
-            if id(config) in copied:
-                copied[id(config)]._experts_implementation = former
+    # What gradient checkpointing runs again
 
-    # A layer that gradient checkpointing runs again
-
-    def _remember(self) -> Callable[[], Any]:
+    def remember(self) -> Callable[[], Any]:
         return partial(self._as_then, self.here(), self.now().as_it_is())
 
     @contextmanager
     def _as_then(self, then: Situation, now: Pass) -> Iterator[None]:
         """Run what is recomputed as it was run the first time, whatever is in force by now."""
         here = self._here
-        before = here.situation, here.now
+        before = here.situation, here.now, here.all_given
         with ExitStack() as undo:
             if then.active:
                 with self.lock:
@@ -253,10 +272,11 @@ class InForce:
                 if then.observation and then.observation.needs & SLOT_NEEDS:
                     undo.enter_context(self._backend(OBSERVED, then.observation.layers.values()))
             here.situation, here.now = then, now
+            here.all_given = ((now.batch,),) if now.given and now.batch is not None else ()
             try:
                 yield
             finally:
-                here.situation, here.now = before
+                here.situation, here.now, here.all_given = before
 
     def _forget(self, then: Situation) -> None:
         with self.lock:
@@ -288,7 +308,7 @@ class InForce:
                     _ = here.now.batch  # later masks of this cache may not tell its padding
         if stack.training and torch.is_grad_enabled():
             with self.lock:
-                self._checkpointed += wrap_checkpointing(stack, self._remember)
+                self._checkpointed += wrap_checkpointing(stack, self.remember)
 
     def _batch_of(self, given: Mapping[str, Any], cache: Any, before: int, copies: int) -> Batch | None:
         known = self._columns.get(cache) if cache is not None else None

@@ -190,7 +190,7 @@ class ExpertView(HeadView):
         router does not give the logits that it should.
         """
         with self.state.lock:
-            self._check_idle()
+            self.check_idle()
             operations.apply(self, recipe)
 
     def bytes_after(self, recipe: Recipe, format: str = "hf") -> int:
@@ -214,14 +214,15 @@ class ExpertView(HeadView):
 
     def replace_experts(self, layer: int, module: nn.Module) -> None:
         """Put another module in the place of a layer's experts. See `surgery.replace_experts`."""
-        self._check_idle()
+        self.check_idle()
         surgery.replace_experts(self.layer(layer), module)
 
     def set_top_k(self, top_k: int) -> None:
         """Let every token use `top_k` experts in all layers. See `surgery.set_top_k`."""
         self.apply(Recipe((recipes.set_top_k(top_k),)))
 
-    def _check_idle(self) -> None:
+    def check_idle(self) -> None:
+        """Raise RuntimeError while edits or observations are under way: the weights cannot be changed then."""
         if self._force.active:
             raise RuntimeError("weights cannot be changed while they are in use: end the edits and observations first")
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
+from transformers import PreTrainedModel
+
 import moestro.view.checkpoint as checkpoint
 import moestro.view.saving as saving
 import moestro.view.surgery as surgery
@@ -76,9 +78,8 @@ def made_on(target: Target) -> MadeOn:
 
 
 def _innermost(target: Target) -> Any:
-    """The model without what other libraries put around it."""
-    model = target.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The model without what other libraries put around it: adapters, torch.compile, DataParallel."""
+    return next((m for m in target.model.modules() if isinstance(m, PreTrainedModel)), target.model)
 
 
 def _prefix(target: Target) -> str:
@@ -244,9 +245,11 @@ def apply(target: Any, recipe: Recipe) -> None:
 def _do(target: Target, operation: Operation) -> None:
     first, count = target.layers[0].path, target.layers[0].num_experts
     ids = original_ids(target)
+    before = [layer.num_experts for layer in target.layers]
     DO[operation.kind](target, target.layers, operation)
     state = target.state
-    for layer in target.layers:
+    for layer, had in zip(target.layers, before):
+        surgery.set_expert_count(_around(target, layer), had, layer.num_experts)
         if layer.name in (kept := operation.kept()):
             state.original_ids[layer.path] = [ids[layer.name][e] for e in kept[layer.name]]
     state.stated.setdefault(first, count)
@@ -255,6 +258,14 @@ def _do(target: Target, operation: Operation) -> None:
         (new,) = counts
         surgery.set_expert_count(holders(target), state.stated[first], new)
         state.stated[first] = new
+
+
+def _around(target: Target, layer: MoELayer) -> list[Any]:
+    """The modules of the decoder layer around an MoE block whose first block it is: they may state its number too."""
+    names = layer.name.split(".")
+    numbered = max((place for place, name in enumerate(names) if name.isdigit()), default=len(names))
+    found = [target.model.get_submodule(".".join(names[:end])) for end in range(numbered + 1, len(names))]
+    return [module for module in found if next(m for m in module.modules() if is_experts(m)) is layer.experts]
 
 
 def redo(target: Target, layers: Sequence[MoELayer]) -> None:

@@ -21,7 +21,8 @@ import torch.utils.checkpoint
 from torch import nn
 from transformers import GenerationMixin
 
-_CHECKPOINT = "_gradient_checkpointing_func"
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+"""Where a layer of transformers, and torch's CheckpointWrapper, keep what runs them again."""
 
 
 def in_backward() -> bool:
@@ -76,7 +77,7 @@ def refuse_checkpoint_by_hand() -> None:
 
 
 class Recomputed:
-    """A layer's gradient checkpointing function, under which what is run again is run as it was the first time.
+    """A layer's checkpointing function, under which what is run again is run as it was the first time.
 
     `original`: what stood in its place. `remember()` gives a context manager factory for the second run.
     """
@@ -114,17 +115,19 @@ def wrap_checkpointing(stack: nn.Module, remember: Callable[[], Callable[[], Any
     """Let recomputed layers of `stack` run as the first time; returns the modules that were changed."""
     changed = []
     for module in stack.modules():
-        function = vars(module).get(_CHECKPOINT)
-        if function is not None and not isinstance(function, Recomputed):
-            setattr(module, _CHECKPOINT, Recomputed(function, remember))
-            changed.append(module)
+        for name in _CHECKPOINTS:
+            function = vars(module).get(name)
+            if callable(function) and not isinstance(function, Recomputed):
+                setattr(module, name, Recomputed(function, remember))
+                changed.append(module)
     return changed
 
 
 def unwrap_checkpointing(modules: list[nn.Module]) -> None:
     for module in modules:
-        if isinstance(function := vars(module).get(_CHECKPOINT), Recomputed):
-            setattr(module, _CHECKPOINT, function.original)
+        for name in _CHECKPOINTS:
+            if isinstance(function := vars(module).get(name), Recomputed):
+                setattr(module, name, function.original)
 
 
 class Repeats(threading.local):

@@ -112,6 +112,7 @@ class Pass:
         self.parts: dict[str, list[tuple[ref[Tensor], bool]]] = {}
         self.residual: dict[str, Tensor] = {}
         self.replaced: dict[str, tuple[Tensor, ...]] = {}
+        self.slots_seen: set[str] = set()
         self._calls: Counter[tuple[nn.Module, str]] = Counter()
 
     @property

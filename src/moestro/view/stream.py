@@ -245,6 +245,8 @@ class StreamView(ExpertView):
             "checkpoint": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
             "recipe": [{"kind": op.kind, **op.to_data()} for op in self.state.recipe],
             "dtype": str(self.model.dtype),
+            "attention": str(self.model.config._attn_implementation),
+            "experts backend": str(self.model.config._experts_implementation),
             "data": digest_of_data(batches),
             "observers": [observer_key(observer) for observer in observers],
         }

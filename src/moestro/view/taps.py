@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +33,13 @@ from moestro.view.state import LiveHook, ModelState, state_of
 OUTPUT_BYTES = 256 * 2**20
 """Memory for the slot outputs of one event; more tokens are served in chunks."""
 
-_owners: WeakKeyDictionary[nn.Module, Taps] = WeakKeyDictionary()
-"""Which taps an experts module belongs to."""
+_owners: WeakKeyDictionary[nn.Module, ref[Taps]] = WeakKeyDictionary()
+"""Which taps an experts module belongs to. Weakly: taps hold their modules, and a model must go when nobody has it."""
 
 
 def _observed_forward(module: nn.Module, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    taps = _owners.get(module)
+    owner = _owners.get(module)
+    taps = None if owner is None else owner()
     run = experts_forward if taps is None else taps.observed
     return run(module, hidden, indices, weights)
 
@@ -70,7 +71,7 @@ class Taps:
         for layer in layers:
             for module in {layer.router, layer.experts}:
                 self._sharing.setdefault(module, []).append(layer)
-                _owners[module] = self
+                _owners[module] = ref(self)
         wanted: dict[tuple[nn.Module, str], Callable[[], Any]] = {}
         for here in situations:
             begin = partial(self.stack.register_forward_pre_hook, LiveHook(self.force.begin), with_kwargs=True)
@@ -96,7 +97,6 @@ class Taps:
     def clean(self, copied: Mapping[int, Any]) -> None:
         """Take off a deep copy under way what serves this model alone. `copied`: deepcopy's memo."""
         with self.force.lock:
-            self.force.clean(copied)
             for module in self.stack.modules():
                 for hooks in (module._forward_hooks, module._forward_pre_hooks):
                     mine = [number for number, hook in hooks.items() if isinstance(hook, LiveHook)]
@@ -205,6 +205,12 @@ class Taps:
         combined = combined.to(out.dtype)
         if here.observes(layer) and not here.observation.needs & SLOT_NEEDS:  # type: ignore[union-attr]
             self._emit(here.observation, layer, hidden, indices, weights, combined)
+        elif here.observes(layer) and layer.path not in now.slots_seen:
+            raise RuntimeError(
+                f"{layer.name} ran its experts past the observers: their backend was changed while observers of norms, "
+                "maxima or outputs are at work; choose it (set_experts_implementation) before the block"
+            )
+        now.slots_seen.discard(layer.path)
         return combined if replacing else None
 
     # Observing
@@ -215,7 +221,8 @@ class Taps:
         layer = now.turn(experts, "observed", self._sharing[experts])
         seen = here.observation
         if seen is None or not here.observes(layer):
-            return experts_forward(experts, hidden, indices, weights)
+            return _unobserved(experts, hidden, indices, weights)
+        now.slots_seen.add(layer.path)
         slots, width = indices.shape[1], hidden.shape[1]
         step = max(len(hidden), 1)
         if "outputs" in seen.needs:
@@ -237,7 +244,7 @@ class Taps:
                     largest, channel = out.abs().max(dim=-1)
                     given["maxima"][token, slot], given["channels"][token, slot] = largest.float(), channel
                 if "outputs" in given:
-                    given["outputs"][token, slot] = out
+                    given["outputs"][token, slot] = out.to(given["outputs"].dtype)  # autocast has its own type
 
             combined = experts_forward(experts, h, i, w, on_outputs=on_outputs)
             self._emit(seen, layer, h, i, w, combined, start, len(hidden), **given)
@@ -288,6 +295,14 @@ class Taps:
         with self.force.lock:
             for observer in seen.observers:
                 observer.update(event)
+
+
+def _unobserved(experts: nn.Module, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The experts on the backend that they had before others beside them were observed."""
+    former = getattr(experts.config._experts_implementation, "former", None)  # type: ignore[union-attr]
+    own = getattr(type(experts).forward, "__wrapped__", experts_forward)
+    run = own if former in (None, "eager") else ALL_EXPERTS_FUNCTIONS.get_interface(former, own)
+    return run(experts, hidden, indices, weights)
 
 
 def _where(rows: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
