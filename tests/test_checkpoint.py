@@ -336,3 +336,11 @@ def test_a_missing_or_truncated_shard_is_named(sharded: Path) -> None:
     first.unlink()
     with pytest.raises(FileNotFoundError, match=f"misses the shard {first.name}"):
         moestro.open(sharded)
+
+
+def test_the_card_of_a_model_from_memory_tells_what_was_cut(tmp_path: Path) -> None:
+    view = moestro.open(make("qwen3_moe").model)
+    view.keep_experts({layer.index: range(4) for layer in view.layers})
+    view.save(tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "moestro.json").read_text())["experts"] == {"1": [4, 8], "2": [4, 8]}
+    assert "4 in each of 2 layers, 8 before" in (tmp_path / "cut" / "README.md").read_text()

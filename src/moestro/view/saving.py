@@ -269,12 +269,8 @@ def _notes(view: Any, plan: Draft) -> dict[str, Any]:
     path = plan.source.path if plan.source is not None else None
     name = str(getattr(view.model.config, "_name_or_path", "") or "")
     card = front_matter(path / CARD) if path is not None else {}
-    before = {}
-    if plan.source is not None:
-        _, opened = _stated_by(plan.source, plan.config)
-        numbers = changed_numbers(opened, plan.config, [EXPERT_COUNT])[0] if opened is not None else {}
-        before = {new: old for old, new in numbers.items()}
-    counts = {layer.index: layer.num_experts for layer in view.layers}
+    state = view.state
+    begun = state.made_on.experts if state.recipe else {}
     return {
         "format": plan.format,
         "class": type(view.model).__name__,
@@ -284,7 +280,10 @@ def _notes(view: Any, plan: Draft) -> dict[str, Any]:
             "base_model": base_model(str(path or name), path),
             "card": {key: card[key] for key in LICENCE if key in card},
         },
-        "experts": {str(i): [count, before.get(count, count)] for i, count in counts.items()},
+        "experts": {
+            str(key): [layer.num_experts, begun.get(layer.path, layer.num_experts)]
+            for key, layer in view.by_key.items()
+        },
         "left_out": plan.told,
         "carried": [in_words(plan.unread.carried)] if plan.unread.carried else [],
         "transformers": transformers.__version__,
