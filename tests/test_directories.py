@@ -93,7 +93,7 @@ def test_the_source_is_seen_through_links_and_spellings(tmp_path: Path, monkeypa
 
 
 def test_an_empty_string_is_no_directory() -> None:
-    with pytest.raises(ValueError, match="names no directory"), complete_directory("", overwrite=True):
+    with pytest.raises(ValueError, match="names no file or directory"), complete_directory("", overwrite=True):
         pass
 
 
