@@ -156,7 +156,8 @@ class Taps:
             if edit.reads_batch:
                 new = edit.routing_at(key, new, self._batch_for(layer, len(new.logits)))  # type: ignore[arg-type]
             if new is not routing:
-                check_indices(f"{type(edit).__name__} in {layer.name}", new.indices, layer.num_experts)
+                if new.indices is not routing.indices:
+                    check_indices(f"{type(edit).__name__} in {layer.name}", new.indices, layer.num_experts)
                 rows = self._rows(edit, layer, new.logits)
                 routing = Routing(new.logits, *(_where(rows, n, o) for n, o in zip(new[1:], routing[1:])))
         return routing
