@@ -395,7 +395,7 @@ def test_what_cannot_be_cut_is_refused_and_stays_whole(family: str, tmp_path: Pa
         assert torch.equal(logits_of(small, small.inputs()), before)
         assert [layer.num_experts for layer in view.layers] == [tiny.E] * len(view.layers)
     else:
-        with pytest.raises(ValueError, match="no plain|one number of experts") as caught:
+        with pytest.raises(ValueError, match=r"no plain|one number of experts") as caught:
             view.save(tmp_path / "saved")
         cut = caught.value
         assert not any(tmp_path.iterdir())

@@ -298,41 +298,50 @@ class ExpertCounts:
 
 
 class _Rows:
-    """Rows of a trace that wait to be written: columns of many small events, joined once."""
+    """Rows of a trace that wait to be written: columns of many small events, joined once.
+
+    Plain arrays: tens of thousands of tensors or objects would have Python's collector go over them again and again.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self._layers: list[tuple[Any, int]] = []
-        self._tokens: list[Tokens] = []
-        self._columns: dict[str, list[Tensor]] = {}
+        self._layers: list[Any] = []
+        self._lengths: list[int] = []
+        self._domains: dict[str, int] = {}
+        self._columns: dict[str, list[np.ndarray]] = {}
 
     def add(self, event: MoEEvent, logits: bool) -> None:
         tokens, routing = event.tokens, event.routing
         self.count += len(tokens)
-        self._layers.append((event.layer, len(tokens)))
-        self._tokens.append(tokens)
-        columns = {"experts": routing.indices.short(), "weights": routing.weights.float()}
+        self._layers.append(event.layer)
+        self._lengths.append(len(tokens))
+        columns = {
+            "sample": tokens.sample,
+            "position": tokens.position.int(),
+            "id": tokens.id.int(),
+            "experts": routing.indices.short(),
+            "weights": routing.weights.float(),
+        }
         if logits:
             columns["logits"] = routing.logits.float()
         for name, values in columns.items():
-            self._columns.setdefault(name, []).append(values.to("cpu", copy=True))
+            self._columns.setdefault(name, []).append(np.array(values.cpu().numpy()))
+        codes = np.array([self._domains.setdefault(name, len(self._domains)) for name in tokens.domains])
+        self._columns.setdefault("domain", []).append(codes[tokens.domain.numpy()])
 
     def frame(self, slots: int, classes: int) -> pl.DataFrame:
-        tokens = Tokens.cat(self._tokens)
-        widths = {"experts": (pl.Int16, slots), "weights": (pl.Float32, slots), "logits": (pl.Float32, classes)}
-        layers, lengths = zip(*self._layers)
-        by_name = isinstance(layers[0], str)
-        layer = pl.Series(layers, dtype=pl.Categorical if by_name else pl.Int16)
+        by_name = isinstance(self._layers[0], str)
+        layers = pl.Series(self._layers, dtype=pl.Categorical if by_name else pl.Int16)
+        joined = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         columns: dict[str, Any] = {
-            "layer": layer.gather(np.repeat(np.arange(len(layers)), lengths)),
-            "sample": tokens.sample.numpy(),
-            "position": tokens.position.int().numpy(),
-            "id": tokens.id.int().numpy(),
-            "domain": pl.Series(tokens.domains)[tokens.domain.numpy()].cast(pl.Categorical),
+            "layer": layers.gather(np.repeat(np.arange(len(layers)), self._lengths)),
+            **{name: joined[name] for name in ("sample", "position", "id")},
+            "domain": pl.Series([*self._domains])[joined["domain"]].cast(pl.Categorical),
+            "experts": pl.Series(joined["experts"], dtype=pl.Array(pl.Int16, slots)),
+            "weights": pl.Series(joined["weights"], dtype=pl.Array(pl.Float32, slots)),
         }
-        for name, parts in self._columns.items():
-            kind, width = widths[name]
-            columns[name] = pl.Series(torch.cat(parts).numpy(), dtype=pl.Array(kind, width))
+        if "logits" in joined:
+            columns["logits"] = pl.Series(joined["logits"], dtype=pl.Array(pl.Float32, classes))
         return pl.DataFrame(columns)
 
 
