@@ -5,7 +5,7 @@ Models are fp32; FP32 is the tolerance of `tiny`.
 
 import copy
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +320,15 @@ def test_an_interrupted_cut_leaves_all_layers_whole(qwen: moestro.ExpertView, mo
     assert torch.equal(logits_of(qwen.model, INPUTS), before)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where a shell started the tests with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("surgery_", [surgery.keep_experts, surgery.merge_experts])
 def test_an_interrupt_waits_until_all_layers_are_cut(
     surgery_: Callable[..., None], qwen: moestro.ExpertView, monkeypatch: pytest.MonkeyPatch
@@ -341,6 +350,7 @@ def test_an_interrupt_waits_until_all_layers_are_cut(
     assert tiny.same_state(qwen.model, tiny.state_of(whole.model))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_view_knows_what_was_cut(qwen: moestro.ExpertView, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = PerExpert.slice
     monkeypatch.setattr(PerExpert, "slice", lambda *args: (signal.raise_signal(signal.SIGINT), cut(*args))[1])
