@@ -87,7 +87,7 @@ def test_blocks_of_threads_leave_nothing_behind(qwen: moestro.ExpertView) -> Non
 
 
 def test_an_observation_does_not_see_what_other_threads_run(qwen: moestro.ExpertView) -> None:
-    (alone,) = qwen.observe([IDS], [ExpertCounts()])
+    alone, heads = qwen.observe([IDS], [ExpertCounts(), HeadMeans()])
     stop = threading.Event()
 
     def busy() -> None:
@@ -97,11 +97,12 @@ def test_an_observation_does_not_see_what_other_threads_run(qwen: moestro.Expert
     thread = threading.Thread(target=busy)
     thread.start()
     try:
-        found = [qwen.observe([IDS], [ExpertCounts()])[0] for _ in range(5)]
+        found = [qwen.observe([IDS], [ExpertCounts(), HeadMeans()]) for _ in range(5)]
     finally:
         stop.set()
         thread.join()
-    assert all(torch.equal(f[layer], alone[layer]) for f in found for layer in alone)
+    assert all(torch.equal(counts[layer], alone[layer]) for counts, _ in found for layer in alone)
+    assert all(torch.equal(means[layer], heads[layer]) for _, means in found for layer in heads)
 
 
 # --- several views and copies ----------------------------------------------------------------------------------------

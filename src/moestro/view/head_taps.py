@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moestro.view.events import Batch
 from moestro.view.heads import HeadCall, HeadEdit, HeadEvent, HeadLayer, HeadObserver
 from moestro.view.recompute import in_backward, refuse_checkpoint_by_hand
 from moestro.view.rules import silence
@@ -85,11 +84,11 @@ def _watching(runs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 class HeadTaps:
     """The attention heads of `stack`, reached while an edit or an observer of heads is active.
 
-    `batch`: of the pass under way. `here`: what is in force for the code that this thread runs (see `situation`).
+    `now`: the pass under way in this thread. `here`: what is in force for the code that it runs (see `situation`).
     """
 
-    def __init__(self, stack: nn.Module, batch: Callable[[], Batch | None], here: Callable[[], Any]):
-        self.stack, self._batch, self._here = stack, batch, here
+    def __init__(self, stack: nn.Module, now: Callable[[], Any], here: Callable[[], Any]):
+        self.stack, self._now, self._here = stack, now, here
         self._lock = threading.RLock()
         self._users = 0
         self._stop: ExitStack | None = None
@@ -150,12 +149,14 @@ class HeadTaps:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        mask, here = attention_mask, self._here()  # families give the mask by place or by name
-        call = HeadCall(layer, (query.shape[0], query.shape[2]), key.shape[2], self._batch())
+        mask, here, now = attention_mask, self._here(), self._now()  # families give the mask by place or by name
+        call = HeadCall(layer, (query.shape[0], query.shape[2]), key.shape[2], now.batch)
         edits = [e for e in here.head_edits if (chosen := e.layers()) is None or layer.index in chosen]
         if edits and self.stack.training:
             refuse_checkpoint_by_hand()
-        seen = None if here.observation is None or in_backward() else here.observation
+        seen = here.observation
+        if seen is not None and (in_backward() or (seen.given_only and not now.given)):
+            seen = None
         observers = () if seen is None else seen.of_heads
         needs: frozenset[str] = seen.needs if seen is not None and observers else frozenset()
         for edit in edits:

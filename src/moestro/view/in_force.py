@@ -28,6 +28,7 @@ from moestro.view.recompute import (
     Repeats,
     counting_repeats,
     in_backward,
+    itself,
     unwrap_checkpointing,
     wrap_checkpointing,
 )
@@ -64,11 +65,7 @@ class Borrowed(str):
         return self.former
 
     def __reduce__(self) -> Any:
-        return _itself, (self.former,)
-
-
-def _itself(value: Any) -> Any:
-    return value
+        return itself, (self.former,)
 
 
 class _Here(threading.local):
@@ -97,7 +94,7 @@ class InForce:
     ):
         self.stack, self.lock, self._hang = stack, lock, hang
         self._here, self._repeats = _Here(), Repeats()
-        self.heads = HeadTaps(stack, lambda: self.batch, self.here)
+        self.heads = HeadTaps(stack, self.now, self.here)
         self._layers: dict[str, MoELayer] = {}
         self._situation = _NOTHING
         self._again: list[Situation] = []

@@ -104,10 +104,11 @@ class Recomputed:
         return self.original  # a copy of the model starts clean
 
     def __reduce__(self) -> Any:
-        return _itself, (self.original,)
+        return itself, (self.original,)
 
 
-def _itself(value: Any) -> Any:
+def itself(value: Any) -> Any:
+    """What a pickle calls to put the thing itself in the place of what stood for it."""
     return value
 
 
