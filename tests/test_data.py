@@ -226,6 +226,66 @@ def test_conversations_go_through_the_chat_template():
     assert tokenizer.decode(ids) == "<bos>user:hi\n<bos>assistant:yes?\n"
 
 
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"city": {"type": "string"}}}}]
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Kyiv"}}}
+CALLING = {
+    "messages": [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "sunny"},
+    ],
+    "tools": TOOLS,
+    "documents": [{"title": "atlas", "text": "of clouds"}],
+    "chat_template_kwargs": {"style": "terse"},
+    "enable_thinking": False,
+}
+SEES_ALL = (
+    "{{ tools | tojson }}{{ documents | tojson }}{{ style }}{{ enable_thinking }}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("how", ["list", "jsonl", "parquet", "JSON in strings", "dataset"])
+def test_a_template_is_given_all_that_a_record_holds_for_it(how, tmp_path):
+    written = {name: CALLING[name] for name in ("tools", "documents", "chat_template_kwargs")}
+    source = [CALLING]
+    if how == "jsonl":
+        source = tmp_path / "calls.jsonl"
+        source.write_text(json.dumps(CALLING))
+    elif how == "JSON in strings":
+        source = [CALLING | {name: json.dumps(value) for name, value in written.items()}]
+    elif how == "parquet":
+        source = tmp_path / "calls.parquet"
+        pl.DataFrame([CALLING]).write_parquet(source)
+    elif how == "dataset":
+        source = pytest.importorskip("datasets").Dataset.from_list([CALLING])
+    tokenizer = make_tokenizer(chat_template=SEES_ALL)
+    (document,) = load_texts(source)
+    rendered = tokenizer.apply_chat_template(document.messages, tokenize=False, **document.template)
+    messages, further = CALLING["messages"], dict(CALLING["chat_template_kwargs"], enable_thinking=False)
+    expected = tokenizer.apply_chat_template(
+        messages, tools=TOOLS, documents=CALLING["documents"], tokenize=False, **further
+    )
+    assert "get_weather" in expected
+    assert "terse" in expected
+    assert "clouds" in expected
+    assert rendered == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("tools", "{not json", "not JSON"),
+        ("tools", ["a name"], "a list of objects"),
+        ("chat_template_kwargs", {"tokenize": True}, "says how text is tokenised"),
+    ],
+)
+def test_what_a_template_cannot_be_given_is_refused(field, value, words):
+    with pytest.raises(ValueError, match=words):
+        load_texts([CALLING | {field: value}])
+
+
 def test_a_conversation_without_template_is_refused_with_its_number():
     documents = [Document(text="a"), Document(messages=[{"role": "user", "content": "hi"}], domain="chat")]
     with pytest.raises(ValueError, match=r"document 1 .*'chat'.*no chat template"):

@@ -23,14 +23,9 @@ Source: TypeAlias = "str | Path | Mapping[str, Any] | Document | pl.DataFrame | 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _GZIPPED = (".txt", ".jsonl", ".json")  # read from .gz too
 _TEXT_FIELDS = ("text", "messages")
-_LISTS = ("tools", "documents")  # what chat templates are given beside the messages: lists of objects,
-_SWITCHES = (
-    "enable_thinking",
-    "reasoning_effort",
-    "date_string",
-    "builtin_tools",
-    "chat_template_kwargs",
-)  # and others
+# what chat templates are given beside the messages: lists of objects, and others
+_LISTS = ("tools", "documents")
+_SWITCHES = ("enable_thinking", "reasoning_effort", "date_string", "builtin_tools", "chat_template_kwargs")
 _TEMPLATE_FIELDS = (*_LISTS, *_SWITCHES)
 _RESERVED = ("conversation", "tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length")
 _SHARD = re.compile(r"-\d+-of-\d+$")
