@@ -101,6 +101,10 @@ def test_a_file_is_not_overwritten_unasked(pruned: Path, tmp_path: Path) -> None
     with pytest.raises(FileExistsError, match="overwrite"):
         write_gguf(pruned, tmp_path / "q.gguf")
     assert (tmp_path / "q.gguf").read_text() == "mine"
+    with pytest.raises(FileExistsError, match=r"is a directory; name the file"):
+        write_gguf(pruned, tmp_path, overwrite=True)
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        write_gguf(pruned, tmp_path / "nowhere" / "q.gguf")
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["train", ""],
         ["league", "--out", ""],
         ["reproduce", "easy-ep", "--model", ""],
+        ["gguf", "", "model.gguf"],
+        ["gguf", "quartet", ""],
     ],
     ids=" ".join,
 )

@@ -211,8 +211,10 @@ def apply(
 
 @app.command()
 def gguf(
-    checkpoint: Annotated[str, typer.Argument(help="saved checkpoint directory, or bundled model")],
-    file: Annotated[Path, typer.Argument(help="the file to write")],
+    checkpoint: Annotated[
+        str, typer.Argument(parser=name_argument, help="saved checkpoint directory, or bundled model")
+    ],
+    file: Annotated[Path, typer.Argument(parser=path_argument, help="the file to write")],
     dtype: Annotated[str, typer.Option(help="f32, f16 or bf16; llama-quantize makes the others of it")] = "f16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
 ) -> None:

@@ -116,7 +116,7 @@ SentencePiece vocabulary, which needs no hash, cannot hold them either. moestro 
 Qwen3-MoE checkpoints with a byte-level tokenizer of their own (the bundled models and whatever is cut from them):
 
 ```
-pip install gguf
+pip install 'moestro[gguf]'
 moestro gguf quartet quartet.gguf
 ```
 

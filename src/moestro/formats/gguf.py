@@ -52,8 +52,12 @@ def write_gguf(checkpoint: str | Path, path: str | Path, *, dtype: str = "f16", 
         raise ValueError(
             f"dtype={dtype!r} is not written; choose one of {', '.join(TYPES)} and run llama-quantize on it"
         )
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a directory; name the file to write in it, {path / 'model.gguf'} say")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another file or pass overwrite (--overwrite)")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no directory; make it first")
     check_complete(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     check_config(config)
@@ -64,7 +68,7 @@ def write_gguf(checkpoint: str | Path, path: str | Path, *, dtype: str = "f16", 
     try:
         import gguf
     except ImportError as e:
-        raise ImportError("GGUF files are written with the package gguf: pip install gguf") from e
+        raise ImportError("GGUF files are written with the package gguf: pip install 'moestro[gguf]'") from e
     half = path.with_name(f".{path.name}.half")
     writer = gguf.GGUFWriter(half, ARCHITECTURES[config["architectures"][0]], use_temp_file=True)
     try:
